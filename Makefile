@@ -1,0 +1,33 @@
+# make demo   quantize the bundled model and print its accuracy report
+# make test   run the tests;  make lint, make types: the other checks;  make clean: remove what these made
+# Each installs what it needs into .venv first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed.stamp
+
+.PHONY: demo test lint types clean
+
+demo: $(INSTALLED)
+	$(BIN)/llmpare quantize examples/tiny-llama -o out/tiny-llama-w4
+	@echo
+	@cat out/tiny-llama-w4/report.md
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# torch comes first and by itself: the other packages then settle for the build that is there.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev]'
+	@touch $@

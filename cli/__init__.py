@@ -1,0 +1,1 @@
+"""The command line: flags become a request, one call does the work, one module prints."""

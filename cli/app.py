@@ -1,0 +1,198 @@
+"""The commands: flags → request → one call into the library → the result shown.
+
+Parameters are read from `ctx.params`, so that flags and the config file go through the same door (settings.py).
+The library is imported inside the commands: `--help` must not wait for it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from llmpare.cli import flags, requests, settings
+from llmpare.cli.output import Output
+from llmpare.cli.progress import Watcher
+from llmpare.cli.settings import Settings
+from llmpare.compress.errors import GateError
+from llmpare.compress.request import QuantizeRequest
+
+app = typer.Typer(
+    help="Make a language model smaller, and know what it cost in accuracy.",
+    add_completion=False,
+    # Styled help would read '[/x]' in a text as markup; a styled traceback would hide what a bug report needs.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        "token_normalize_func": settings.canonical,
+    },
+)
+
+
+@app.callback()
+def llmpare(version: flags.Version = False) -> None:
+    pass
+
+
+@app.command()
+def quantize(
+    ctx: typer.Context,
+    model: flags.Model = None,
+    out: flags.Out = None,
+    scheme: flags.Scheme = None,
+    bits: flags.Bits = None,
+    group_size: flags.GroupSize = None,
+    asym: flags.Asym = None,
+    method: flags.Method = None,
+    best: flags.Best = None,
+    damping: flags.Damping = None,
+    rounds: flags.Rounds = None,
+    sweeps: flags.Sweeps = None,
+    correction: flags.Correction = None,
+    steps: flags.Steps = None,
+    step_size: flags.StepSize = None,
+    desc_act: flags.DescAct = None,
+    format: flags.Format = None,
+    ignore: flags.Ignore = None,
+    dataset: flags.Dataset = None,
+    nsamples: flags.Nsamples = None,
+    seqlen: flags.Seqlen = None,
+    chat_template: flags.ChatTemplate = None,
+    eval_dataset: flags.EvalDataset = None,
+    eval_nsamples: flags.EvalNsamples = None,
+    max_kl: flags.MaxKl = None,
+    max_perplexity_increase: flags.MaxPerplexityIncrease = None,
+    min_agreement: flags.MinAgreement = None,
+    max_size: flags.MaxSize = None,
+    device: flags.Device = None,
+    dtype: flags.Dtype = None,
+    seed: flags.Seed = None,
+    max_memory: flags.MaxMemory = None,
+    revision: flags.Revision = None,
+    trust_remote_code: flags.TrustRemoteCode = None,
+    allow_nonfinite: flags.AllowNonfinite = None,
+    config: flags.Config = None,
+    dry_run: flags.DryRun = None,
+    force: flags.Force = None,
+    restart: flags.Restart = None,
+    strict: flags.Strict = None,
+    json: flags.Json = None,
+    quiet: flags.Quiet = None,
+    no_color: flags.NoColor = None,
+) -> None:
+    """Store the weights of MODEL in a few bits each, and measure what that costs."""
+    output, chosen = _begin(ctx)
+    request = requests.quantize_request(chosen)
+    if chosen.get("dry-run"):
+        _show_plan(output, request)
+    else:
+        _show_report(output, request, _run(output, request))
+
+
+@app.command()
+def plan(
+    ctx: typer.Context,
+    model: flags.Model = None,
+    out: flags.Out = None,
+    scheme: flags.Scheme = None,
+    bits: flags.Bits = None,
+    group_size: flags.GroupSize = None,
+    asym: flags.Asym = None,
+    method: flags.Method = None,
+    best: flags.Best = None,
+    format: flags.Format = None,
+    ignore: flags.Ignore = None,
+    dataset: flags.Dataset = None,
+    nsamples: flags.Nsamples = None,
+    seqlen: flags.Seqlen = None,
+    eval_dataset: flags.EvalDataset = None,
+    eval_nsamples: flags.EvalNsamples = None,
+    device: flags.Device = None,
+    dtype: flags.Dtype = None,
+    max_memory: flags.MaxMemory = None,
+    revision: flags.Revision = None,
+    trust_remote_code: flags.TrustRemoteCode = None,
+    config: flags.Config = None,
+    json: flags.Json = None,
+    no_color: flags.NoColor = None,
+) -> None:
+    """Show what quantize would do with every tensor, and the memory, disk and time it would take."""
+    output, chosen = _begin(ctx)
+    assumed = requests.beside(settings.required(chosen, "model", "MODEL"))
+    _show_plan(output, requests.quantize_request(chosen, assumed))
+
+
+@app.command()
+def inspect(
+    ctx: typer.Context, folder: flags.Folder, json: flags.Json = None, no_color: flags.NoColor = None
+) -> None:
+    """Show what a checkpoint holds: format, schemes, sizes, bits per weight."""
+    from llmpare.compress import inspect as inspection
+
+    output, _ = _begin(ctx)
+    facts = inspection.inspect(Path(folder))
+    output.lines(inspection.lines(facts), facts)
+
+
+@app.command()
+def verify(
+    ctx: typer.Context,
+    folder: flags.Folder,
+    json: flags.Json = None,
+    quiet: flags.Quiet = None,
+    no_color: flags.NoColor = None,
+) -> None:
+    """Read back every file of a finished output and compare it with its manifest."""
+    from llmpare.compress.checkpoint.manifest import verify as check
+
+    output, _ = _begin(ctx)
+    manifest = check(Path(folder))
+    files, tensors = len(manifest["files"]), len(manifest["tensors"])
+    output.note(f"{files} files and {tensors} tensors are as they were written")
+    output.path(Path(folder), {"command": "verify", "path": folder, "files": files, "tensors": tensors})
+
+
+def _begin(ctx: typer.Context) -> tuple[Output, Settings]:
+    """The output, told what the flags say about it, and the settings of this command."""
+    output: Output = ctx.obj
+    chosen = settings.collect({name: value for name, value in ctx.params.items() if name != "folder"})
+    output.configure(
+        as_json=chosen.get("json", False),
+        quiet=chosen.get("quiet", False),
+        no_color=chosen.get("no-color", False),
+    )
+    if "desc-act" in chosen:
+        output.note("--desc-act has no effect: columns are always quantized in that order, with groups left in place")
+    return output, chosen
+
+
+def _show_plan(output: Output, request: QuantizeRequest) -> None:
+    from llmpare.compress.plan import plan_quantize
+
+    planned = plan_quantize(request)
+    output.lines(planned.lines(), planned.to_json())
+
+
+def _run(output: Output, request: QuantizeRequest) -> dict[str, Any]:
+    watcher = Watcher(output)
+    watcher.phase("starting")  # importing the engine imports torch, which takes seconds
+    try:
+        from llmpare.compress.run import run_quantize
+
+        return run_quantize(request, watcher)
+    finally:
+        watcher.done()
+
+
+def _show_report(output: Output, request: QuantizeRequest, report: dict[str, Any]) -> None:
+    """Show a finished run; raises GateError when a gate or --strict rejects it."""
+    from llmpare.compress.report import gates, headline, markdown
+
+    for line in headline.lines(report):
+        output.note(line)
+    output.note(f"written     {request.out}")
+    output.step_summary(markdown.render(report))
+    output.path(request.out, report)
+    if not report["passed"]:
+        raise GateError("; ".join(gates.reasons(report)), f"the output and its report are kept in {request.out}")

@@ -1,0 +1,41 @@
+"""A run as it is watched: one live line on a terminal, one plain line per block elsewhere."""
+
+import time
+from collections.abc import Callable, Mapping
+
+from llmpare.cli.output import Output
+from llmpare.compress.report import show
+
+
+class Watcher:
+    """A compress.progress.Progress that shows itself through an Output. clock: seconds from any start."""
+
+    def __init__(self, output: Output, clock: Callable[[], float] = time.monotonic) -> None:
+        self._output = output
+        self._clock = clock
+        self._phase = ""
+        self._begun = clock()
+
+    def phase(self, name: str) -> None:
+        self._phase = name
+        self._begun = self._clock()
+        self._show(name)
+
+    def block(self, index: int, total: int, facts: Mapping[str, float]) -> None:
+        figures = "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in facts.items())
+        elapsed = self._clock() - self._begun
+        left = elapsed / (index + 1) * (total - index - 1)
+        ahead = f", about {show.duration(left)} left" if self._output.live and left >= 1 else ""
+        self._show(f"{self._phase}: block {index + 1} of {total}{figures}{ahead}")
+
+    def warn(self, message: str) -> None:
+        self._output.warn(message)
+
+    def done(self) -> None:
+        self._output.clear_status()
+
+    def _show(self, text: str) -> None:
+        if self._output.live:
+            self._output.status(text)
+        else:
+            self._output.note(text)

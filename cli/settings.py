@@ -1,0 +1,146 @@
+"""Flags and the config file as one set of settings.
+
+Both hold the same names and go through the same parsers; a flag wins over the file. snake_case is accepted for
+kebab-case, and so are the names that other tools taught people to type.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmpare.cli import values
+from llmpare.compress.errors import UsageError
+from llmpare.compress.quantize import METHODS
+
+Settings = Mapping[str, Any]
+
+ALIASES = {
+    "groupsize": "group-size",
+    "max-seq-length": "seqlen",
+    "num-calibration-samples": "nsamples",
+    "output": "out",
+    "output-dir": "out",
+    "percdamp": "damping",
+    "wbits": "bits",
+}
+
+METHOD_OPTIONS = tuple(
+    sorted({option.replace("_", "-") for method in METHODS.values() for option in method.defaults})
+)
+
+PARSERS: Mapping[str, Callable[[object], Any]] = {
+    "model": values.path,
+    "out": values.path,
+    "scheme": values.text,
+    "bits": values.whole,
+    "group-size": values.whole,
+    "asym": values.flag,
+    "method": values.text,
+    "best": values.flag,
+    **dict.fromkeys(METHOD_OPTIONS, values.number),
+    "format": values.text,
+    "ignore": values.texts,
+    "layers": values.mappings,
+    "dataset": values.path,
+    "nsamples": values.positive,
+    "seqlen": values.positive,
+    "chat-template": values.flag,
+    "eval-dataset": values.path,
+    "eval-nsamples": values.positive,
+    "device": values.device,
+    "dtype": values.dtype,
+    "seed": values.whole,
+    "max-memory": values.size,
+    "revision": values.text,
+    "trust-remote-code": values.flag,
+    "allow-nonfinite": values.flag,
+    "max-kl": values.limit,
+    "max-perplexity-increase": values.share,
+    "min-agreement": values.share,
+    "max-size": values.size,
+    "desc-act": values.flag,
+    "dry-run": values.flag,
+    "force": values.flag,
+    "restart": values.flag,
+    "strict": values.flag,
+    "json": values.flag,
+    "quiet": values.flag,
+    "no-color": values.flag,
+}
+
+
+def canonical(name: str) -> str:
+    """The name of a flag or config key as this program spells it."""
+    name = name.replace("_", "-")
+    return ALIASES.get(name, name)
+
+
+def collect(params: Mapping[str, object]) -> Settings:
+    """The settings of one command: its parameters by Python name, over the file that `config` names, if any.
+
+    A parameter that was not given is None or an empty list. Raises UsageError for values that cannot be read, and
+    for a config file that is missing, is not YAML, or has keys that do not exist.
+    """
+    given = {canonical(name): value for name, value in params.items() if value not in (None, ()) and value != []}
+    config = given.pop("config", None)
+    settings = _parse(_read_yaml(Path(str(config))), f"{config}: ") if config else {}
+    return settings | _parse(given, "--")
+
+
+def required(settings: Settings, name: str, how: str) -> str:
+    """The setting, or a UsageError that says how to give it."""
+    if name not in settings:
+        raise UsageError(f"missing {how}", f"give it on the command line, or as '{name}:' in the file of --config")
+    return str(settings[name])
+
+
+def check_names(names: Iterable[str], valid: Iterable[str], where: str) -> None:
+    """Raise UsageError for the first name that is not valid, with what was probably meant."""
+    valid = list(valid)
+    for name in names:
+        if name not in valid:
+            close = difflib.get_close_matches(name, valid, n=1)
+            meant = f"did you mean '{close[0]}'? " if close else ""
+            raise UsageError(f"{where}: there is no '{name}'", f"{meant}valid: {', '.join(valid)}")
+
+
+def _parse(raw: Mapping[str, object], prefix: str) -> dict[str, Any]:
+    parsed = {}
+    for name, value in raw.items():
+        try:
+            parsed[name] = PARSERS[name](value)
+        except ValueError as error:
+            place = "MODEL" if (prefix, name) == ("--", "model") else f"{prefix}{name}"
+            raise UsageError(f"{place}: {error}, got {value!r}") from None
+    return parsed
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", "--config takes a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} does not hold names and values", "write one 'name: value' per line")
+    keyed = {canonical(str(key)): value for key, value in content.items()}
+    if len(keyed) < len(content):
+        raise UsageError(f"{path}: the same name is given twice, perhaps in two spellings")
+    if "sym" in keyed:
+        keyed["asym"] = _opposite(keyed, path)
+    check_names(keyed, PARSERS, str(path))
+    return keyed
+
+
+def _opposite(keyed: dict[str, object], path: Path) -> bool:
+    """asym for a file that says sym, which as flags are --asym and --sym."""
+    value = keyed.pop("sym")
+    if "asym" in keyed or not isinstance(value, bool):
+        raise UsageError(f"{path}: sym: expected true or false, and not together with asym, got {value!r}")
+    return not value

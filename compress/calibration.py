@@ -1,0 +1,399 @@
+"""Text → windows of exactly `seqlen` token ids, and what the report says about where they came from.
+
+Texts are joined in their order with blank lines into one stream, tokenized without special tokens, the
+tokenizer's bos in front, and cut into consecutive windows; the rest is dropped. Nothing is random. Rows that
+already are token ids are taken as they are, one window a row, so that tools can share exact windows.
+"""
+
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from itertools import chain, islice
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from llmpare import calibration_data
+from llmpare.calibration_data import Row
+from llmpare.compress.errors import InputError, UsageError
+from llmpare.compress.request import TextSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from numpy.typing import NDArray
+
+DEFAULT_WINDOWS = {"calibration": 128, "evaluation": 32}
+DEFAULT_SEQLEN = 2048
+ENOUGH_TEXT = 8 * 2**20  # characters; reading goes on past the tokens asked for, so that windows can spread
+BATCH_TEXT = 2**18  # characters tokenized at a time: bounds the memory, and keeps all cores busy
+FIRST_LINE = 120  # characters shown of the first window
+OVERLAP_RUN = 32  # tokens in a row that two texts share only when one was copied
+
+BATCH_ROWS = 256
+TEMPLATE_SECONDS = 5.0  # for a batch of rows; honest templates take milliseconds
+TEMPLATE_MEMORY = 2**30
+TEMPLATE_OUTPUT = 64 * 2**20  # characters a batch of rows may become
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """ids: int64 [windows, seqlen]. source: where they came from, plain JSON values for the report.
+
+    source has: dataset, part, sha256 (of the UTF-8 text that was tokenized; of the little-endian int64 ids
+    when the rows were ids), rows, tokens_available, windows, seqlen, bos (the id put in front, or None),
+    first_line (of the first window, decoded), short (fewer windows than the default number), whole (the data
+    set was read to its end).
+    """
+
+    ids: "NDArray[np.int64]"
+    source: dict[str, Any]
+
+
+def load(spec: TextSpec, tokenizer: Any, *, vocab_size: int, part: str, max_length: int) -> Windows:
+    """The windows that `spec` asks for.
+
+    tokenizer: as from load_tokenizer. vocab_size: rows of the model's embedding; every id is below it. part:
+    'calibration' or 'evaluation', which of a data set's two halves. max_length: tokens the model allows at
+    most. Raises UsageError for a data set or a length there cannot be, InputError for text that is unusable
+    or too short.
+    """
+    if spec.nsamples is not None and spec.nsamples < 1:
+        raise UsageError(f"--nsamples {spec.nsamples}: at least one window is needed")
+    if spec.seqlen is not None and not 2 <= spec.seqlen <= max_length:
+        raise UsageError(f"--seqlen {spec.seqlen}: this model takes 2 to {max_length} tokens")
+    rows = calibration_data.rows(spec.dataset, part)
+    first = next(rows, None)
+    if first is None:
+        wanted = (spec.nsamples or 1) * (spec.seqlen or min(DEFAULT_SEQLEN, max_length))
+        raise InputError(f"{spec.dataset}: no text, 0 tokens, and {wanted} are needed", "give it some text")
+    rows = chain([first], rows)
+    if first.input_ids is not None:
+        ids, source = _given_windows(rows, spec, DEFAULT_WINDOWS[part], vocab_size, max_length)
+    else:
+        ids, source = _text_windows(rows, spec, DEFAULT_WINDOWS[part], tokenizer, vocab_size, max_length)
+    text = tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)
+    first_line = next((line for line in text.splitlines() if line.strip()), "")[:FIRST_LINE]
+    shape = {"windows": ids.shape[0], "seqlen": ids.shape[1]}
+    return Windows(ids, {"dataset": spec.dataset, "part": part, **source, **shape, "first_line": first_line})
+
+
+def overlap(calibration: Windows, evaluation: Windows) -> float:
+    """Share (0…1) of the evaluation's tokens that lie in a run of OVERLAP_RUN tokens calibration has too."""
+    import numpy as np
+
+    if min(calibration.ids.shape[1], evaluation.ids.shape[1]) < OVERLAP_RUN:
+        return 0.0
+    copied = np.isin(_run_hashes(evaluation.ids), _run_hashes(calibration.ids))  # [windows, runs]
+    inside = np.zeros(evaluation.ids.shape, dtype=bool)
+    for position in range(OVERLAP_RUN):
+        inside[:, position : position + copied.shape[1]] |= copied
+    return float(inside.mean())
+
+
+def _run_hashes(ids: "NDArray[np.int64]") -> "NDArray[np.uint64]":
+    """Polynomial hash modulo 2^64 of every run of OVERLAP_RUN tokens: [windows, seqlen] → [windows, runs]."""
+    import numpy as np
+
+    runs = ids.shape[1] - OVERLAP_RUN + 1
+    hashes = np.zeros((ids.shape[0], runs), dtype=np.uint64)
+    for position in range(OVERLAP_RUN):
+        hashes *= np.uint64(0x9E3779B97F4A7C15)
+        hashes += ids[:, position : position + runs].astype(np.uint64)
+    return hashes
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a model folder. Raises InputError, naming the file, when it is missing or corrupt."""
+    patterns = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json")
+    files = [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
+    hint = "copy the tokenizer files of the original model into the folder"
+    if not files:
+        raise InputError(f"{folder}: no tokenizer in the model folder, expected tokenizer.json", hint)
+    for file in (*files, folder / "tokenizer_config.json"):
+        if file.suffix == ".json" and file.exists():
+            _check_json(file, hint)
+    from transformers import AutoTokenizer
+
+    with _CorruptTokenizer(files[0], hint):
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+
+
+def _check_json(file: Path, hint: str) -> None:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is corrupt: {error}", hint) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is corrupt: not a JSON object", hint)
+
+
+class _CorruptTokenizer:
+    """Turns what loading a damaged tokenizer raises into an InputError.
+
+    The tokenizers library reports damage as a plain Exception, so that exact class is compared here: an
+    except clause for it would catch everything.
+    """
+
+    def __init__(self, file: Path, hint: str) -> None:
+        self.file = file
+        self.hint = hint
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        damage = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
+        if kind is Exception or isinstance(error, damage):
+            reason = next(iter(str(error).splitlines()), "")
+            raise InputError(f"{self.file} cannot be loaded as a tokenizer: {reason}", self.hint) from error
+
+
+def _given_windows(
+    rows: Iterable[Row], spec: TextSpec, default: int, vocab_size: int, max_length: int
+) -> tuple["NDArray[np.int64]", dict[str, Any]]:
+    """The first rows of ids, cut to one length, and what the report's source says about them."""
+    import numpy as np
+
+    wanted = spec.nsamples or default
+    kept: list[tuple[int, ...]] = []
+    lengths: dict[int, str] = {}  # length → place of the first row of that length
+    count = tokens = 0
+    for row in rows:
+        if row.input_ids is None:
+            raise InputError(f"{row.place}: text after rows of input_ids", "put them into files of their own")
+        _check_vocabulary(max(row.input_ids), vocab_size, row.place)
+        if len(kept) < wanted:
+            kept.append(row.input_ids)
+        lengths.setdefault(len(row.input_ids), row.place)
+        count += 1
+        tokens += len(row.input_ids)
+    seqlen = _common_length(lengths, spec.seqlen, max_length)
+    if count < (spec.nsamples or 1):
+        raise _too_short(spec.dataset, tokens, wanted, seqlen)
+    ids = np.array([row[:seqlen] for row in kept], dtype=np.int64)
+    source = {"sha256": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(), "rows": count, "bos": None}
+    return ids, {**source, "tokens_available": tokens, "short": count < wanted, "whole": True}
+
+
+def _common_length(lengths: dict[int, str], seqlen: int | None, max_length: int) -> int:
+    """The length all rows are cut to; rows that are all equally long need not be as long as seqlen."""
+    shortest, longest = min(lengths), max(lengths)
+    if shortest < longest and (seqlen is None or shortest < seqlen):
+        raise InputError(
+            f"{lengths[shortest]}: {shortest} tokens, where {lengths[longest]} has {longest}",
+            f"--seqlen {shortest} cuts all rows to that length",
+        )
+    common = shortest if seqlen is None else min(shortest, seqlen)
+    if not 2 <= common <= max_length:
+        raise InputError(
+            f"{lengths[shortest]}: a row of {common} tokens, and this model takes 2 to {max_length}",
+            "--seqlen cuts longer rows",
+        )
+    return common
+
+
+def _text_windows(
+    rows: Iterable[Row], spec: TextSpec, default: int, tokenizer: Any, vocab_size: int, max_length: int
+) -> tuple["NDArray[np.int64]", dict[str, Any]]:
+    """Windows spread evenly over the text, and what the report's source says about it."""
+    import numpy as np
+
+    seqlen = spec.seqlen or min(DEFAULT_SEQLEN, max_length)
+    wanted = spec.nsamples or default
+    texts = _texts(rows, tokenizer if spec.chat_template else None, spec.dataset)
+    stream, source = _tokenize(texts, tokenizer, vocab_size, wanted * seqlen, spec.dataset)
+    available = len(stream) // seqlen
+    if available < (spec.nsamples or 1):
+        raise _too_short(spec.dataset, len(stream), spec.nsamples or 1, seqlen)
+    count = min(wanted, available)
+    chosen = np.arange(count) * available // count
+    ids = stream[: available * seqlen].reshape(available, seqlen)[chosen].astype(np.int64)
+    return ids, {**source, "tokens_available": len(stream), "short": count < wanted}
+
+
+def _tokenize(
+    texts: Iterator[str], tokenizer: Any, vocab_size: int, needed: int, dataset: str
+) -> tuple["NDArray[np.int32]", dict[str, Any]]:
+    """One stream of at least `needed` ids, if there are that many, with its sha256, rows, bos and whole."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    bos = tokenizer.bos_token_id
+    pieces = [np.array([] if bos is None else [bos], dtype=np.int32)]
+    rows = characters = tokens = 0
+    while batch := _take(texts, BATCH_TEXT):
+        # The blank line goes before a text: how a word is split depends on what precedes it.
+        batch = ["\n\n" + text if rows + index else text for index, text in enumerate(batch)]
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int64)
+        _check_vocabulary(int(ids.max(initial=0)), vocab_size, f"{dataset}: the tokenizer")
+        if rows == 0 and ids[:1].tolist() == [bos]:  # a chat template has put it there already
+            pieces.clear()
+        pieces.append(ids.astype(np.int32))
+        digest.update("".join(batch).encode())
+        rows += len(batch)
+        characters += sum(map(len, batch))
+        tokens += len(ids)
+        if characters >= ENOUGH_TEXT and tokens >= needed:
+            break
+    whole = next(texts, None) is None
+    return np.concatenate(pieces), {"sha256": digest.hexdigest(), "rows": rows, "bos": bos, "whole": whole}
+
+
+def _take(texts: Iterator[str], characters: int) -> list[str]:
+    """The next texts, until they have that many characters together."""
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        characters -= len(text)
+        if characters <= 0:
+            break
+    return batch
+
+
+def _texts(rows: Iterable[Row], template_of: Any, dataset: str) -> Iterator[str]:
+    """The text of every row; dialogues as 'role: text' paragraphs, or through the template of a tokenizer."""
+    rows = iter(rows)
+    dialogues = False
+    while batch := list(islice(rows, BATCH_ROWS)):
+        spoken = [row for row in batch if row.messages is not None]
+        dialogues = dialogues or bool(spoken)
+        rendered = iter(_render(spoken, template_of) if template_of and spoken else map(_paragraphs, spoken))
+        for row in batch:
+            if row.input_ids is not None:
+                raise InputError(f"{row.place}: input_ids after rows of text", "put them into separate files")
+            yield next(rendered) if row.text is None else row.text
+    if template_of and not dialogues:
+        raise InputError(f"{dataset}: no row has roles for the chat template", "leave out --chat-template")
+
+
+def _paragraphs(row: Row) -> str:
+    return "\n\n".join(f"{message.role}: {message.content}" for message in row.messages or ())
+
+
+def _check_vocabulary(largest: int, vocab_size: int, place: str) -> None:
+    if largest >= vocab_size:
+        raise InputError(
+            f"{place}: token id {largest} is outside the model's vocabulary of {vocab_size}",
+            "use the tokenizer that belongs to the model",
+        )
+
+
+def _too_short(dataset: str, tokens: int, windows: int, seqlen: int) -> InputError:
+    return InputError(
+        f"{dataset}: {tokens} tokens, and {windows} windows of {seqlen} need {windows * seqlen}",
+        "give more text, or lower --nsamples or --seqlen",
+    )
+
+
+# Chat templates are programs from the model folder, hostile until proven otherwise: they run in a sandbox, in
+# a child process with limits on time, memory and open files.
+
+
+def _render(rows: Sequence[Row], tokenizer: Any) -> list[str]:
+    """The dialogues of the rows as the tokenizer's chat template writes them; InputError if it cannot."""
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InputError("the model has no chat template", "leave out --chat-template") from error
+    special = tokenizer.special_tokens_map
+    job = {
+        "template": template,
+        "tokens": {name: token for name, token in special.items() if isinstance(token, str)},
+        "dialogues": [[vars(message) for message in row.messages or ()] for row in rows],
+    }
+    child = [sys.executable, "-P", "-c", f"from {__name__} import render_job; render_job()"]
+    stdin = json.dumps(job).encode()
+    try:
+        done = subprocess.run(child, input=stdin, capture_output=True, timeout=TEMPLATE_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise _rejected(rows, error.stdout or b"", f"not done after {TEMPLATE_SECONDS:g} s") from error
+    if done.returncode != 0:
+        reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:500]
+        raise _rejected(rows, done.stdout, reason or f"its process ended with code {done.returncode}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def _rejected(rows: Sequence[Row], stdout: bytes, reason: str) -> InputError:
+    """The error for the first row of which the child has not printed the text."""
+    place = rows[min(stdout.count(b"\n"), len(rows) - 1)].place
+    return InputError(
+        f"template rejected: {reason} (at {place})", "without --chat-template dialogues become paragraphs"
+    )
+
+
+def render_job() -> None:
+    """The child: a job as JSON on stdin, the text of each dialogue as a line of JSON on stdout."""
+    job = json.load(sys.stdin)
+    sandbox = _sandbox()
+    resource.setrlimit(resource.RLIMIT_AS, (TEMPLATE_MEMORY, TEMPLATE_MEMORY))
+    # A little longer than the time limit: it is for the case that nobody is left to enforce that one.
+    resource.setrlimit(resource.RLIMIT_CPU, (int(TEMPLATE_SECONDS) + 2,) * 2)
+    template = sandbox.from_string(job["template"])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    room = TEMPLATE_OUTPUT
+    for messages in job["dialogues"]:
+        text = template.render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=False, **job["tokens"]
+        )
+        room -= len(text)
+        if room < 0:
+            raise ValueError(f"more than {TEMPLATE_OUTPUT >> 20} Mi characters of output")
+        print(json.dumps(text), flush=True)
+
+
+def _sandbox() -> "ImmutableSandboxedEnvironment":
+    """An environment that renders what transformers renders, except that the date stands still."""
+    import jinja2.debug  # noqa: F401  imported by jinja2 when a template fails, too late to open a file
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(Extension):
+        """{% generation %} marks what the model says, for training; here it is only passed over."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    class PlainNamespace(Namespace):
+        """A namespace in which no name of Python's own machinery can be set."""
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                raise TemplateError(f"{name} is not a name to set")
+            super().__setitem__(name, value)
+
+    def raise_exception(message: object) -> None:
+        raise TemplateError(str(message)[:500])
+
+    def strftime_now(form: str) -> str:
+        # Templates put the date into the system prompt; tomorrow the same command must give the same tokens.
+        return date(2025, 1, 1).strftime(form)
+
+    def to_json(
+        value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    sandbox.filters["tojson"] = to_json
+    sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    sandbox.globals["namespace"] = PlainNamespace
+    return sandbox

@@ -1,0 +1,148 @@
+"""The manifest: what an output holds and where it comes from, and the proof that it still does."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmpare.compress.checkpoint.files import opened, parse_json, read_at, read_file, reading, sha256_file, shown
+from llmpare.compress.checkpoint.header import read_header
+from llmpare.compress.checkpoint.journal import canonical
+from llmpare.compress.errors import InputError
+
+MANIFEST = "manifest.json"
+JOURNAL = "journal.jsonl"
+LOCK = "lock"
+OWN = {MANIFEST, JOURNAL, LOCK}  # what a manifest does not list
+VERSION = 1
+MAX_MANIFEST = 1_000_000_000  # bytes
+CHECKSUM = "manifest_sha256"
+
+
+def build_manifest(
+    folder: Path,
+    *,
+    spec: Mapping[str, Any],
+    source: Mapping[str, Any],
+    versions: Mapping[str, Any],
+    tensors: Mapping[str, str],
+    unhashed: Sequence[str] = ("report.json", "report.md"),
+) -> dict[str, Any]:
+    """What `folder` holds and where it comes from, without clock, host or user: the same run gives the same manifest.
+
+    spec, source, versions: JSON values. tensors: name → sha256 of every tensor. unhashed: files that carry clocks and
+    are listed by name only, as far as they exist. Raises InputError when a file cannot be read.
+    """
+    found = _listing(folder)
+    files = {name: _record(path) for name, path in found.items() if name not in unhashed}
+    manifest = {
+        "llmpare_manifest": VERSION,
+        "files": files,
+        "reports": [name for name in found if name in unhashed],
+        "tensors": dict(tensors),
+        "spec": dict(spec),
+        "source": dict(source),
+        "versions": dict(versions),
+    }
+    stored: dict[str, Any] = canonical(manifest)
+    return stored
+
+
+def _record(path: Path) -> dict[str, Any]:
+    with reading(path):
+        return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def finished(out: Path, spec: Mapping[str, Any]) -> bool:
+    """Whether OUT has a sound manifest, made with this spec. The files are not looked at: see `verify`."""
+    if not os.path.lexists(out / MANIFEST):
+        return False
+    try:
+        return bool(read_manifest(out)["spec"] == canonical(dict(spec)))
+    except InputError:
+        return False
+
+
+def verify(out: Path) -> dict[str, Any]:
+    """Reads back every file of OUT and compares it with the manifest, which is returned.
+
+    Raises InputError naming the file, and the tensor where there is one; also for missing and for unexpected files.
+    """
+    if not os.path.lexists(out / MANIFEST):
+        raise InputError(f"{shown(out)} has no {MANIFEST}: it is not a finished output")
+    manifest = read_manifest(out)
+    files = manifest["files"]
+    expected = {*files, *manifest["reports"]}
+    found = _listing(out)
+    for what, names in (
+        ("is missing", expected - found.keys()),
+        ("has no place in it", found.keys() - expected),
+    ):
+        if names:
+            raise InputError(f"{shown(out)} is not what its manifest says: {shown(min(names))} {what}", _MAKE_AGAIN)
+    for name, record in files.items():
+        path = found[name]
+        with reading(path):
+            size = path.stat().st_size
+        if size != record["bytes"]:
+            raise InputError(
+                f"{shown(path)} is damaged: expected {record['bytes']} bytes, it has {size}", _MAKE_AGAIN
+            )
+        if sha256_file(path) != record["sha256"]:
+            where = _damaged_part(path, manifest["tensors"]) if name.endswith(".safetensors") else ""
+            raise InputError(f"{shown(path)} is damaged{where}: its sha256 is not that of the manifest", _MAKE_AGAIN)
+    return manifest
+
+
+_MAKE_AGAIN = "make or fetch it again"
+
+
+def _damaged_part(path: Path, tensors: Mapping[str, str]) -> str:
+    """Which part of a damaged shard is not as it was written."""
+    with opened(path) as fd:
+        try:
+            layout = read_header(fd, path)
+        except InputError:
+            return " in its header"
+        for tensor in layout:
+            data = read_at(fd, tensor.start, tensor.nbytes, path)
+            if hashlib.sha256(data).hexdigest() != tensors.get(tensor.name):
+                return f" in tensor {shown(tensor.name)}"
+    return " in its header"
+
+
+def _listing(folder: Path) -> dict[str, Path]:
+    """Every file below a folder but our own, by POSIX name, sorted."""
+    paths = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
+    return {name: paths[name] for name in sorted(paths.keys() - OWN)}
+
+
+def _encoded(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def signed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as it is on disk, with a checksum of itself."""
+    return _encoded({**manifest, CHECKSUM: hashlib.sha256(_encoded(manifest)).hexdigest()})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises InputError when a single byte of it is not as it was written."""
+    path = folder / MANIFEST
+    written = read_file(path, limit=MAX_MANIFEST)
+    manifest = parse_json(written, path)
+    manifest.pop(CHECKSUM, None)
+    if manifest.get("llmpare_manifest") != VERSION:
+        raise InputError(f"{shown(path)} is not a manifest of this version of llmpare", _MAKE_AGAIN)
+    if written != signed(manifest):
+        raise InputError(f"{shown(path)} is damaged: it failed its own checksum", _MAKE_AGAIN)
+    return manifest
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and its sub-folders."""
+    for where, _, files in os.walk(folder):
+        for name in files:
+            yield Path(where, name)

@@ -1,0 +1,118 @@
+"""How much memory a run takes at its peak, predicted from shapes; no torch.
+
+Every term is the largest amount of that kind that is alive at once. The sum is meant to be an upper bound that is
+not far off; tests compare it with what runs really took.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmpare.compress import memory, quantize
+from llmpare.compress.calibration import DEFAULT_WINDOWS
+from llmpare.compress.checkpoint.header import tensor_bytes
+from llmpare.compress.checkpoint.read import Checkpoint
+from llmpare.compress.model.layout import Layout, Linear, find
+from llmpare.compress.request import NO_TEXT, QuantizeRequest, Scheme
+
+PROCESS = 480 * 2**20  # an interpreter with torch and transformers imported
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # enough to keep the device busy, little enough to stay small
+_LOGIT_TOKENS = {"cpu": 512, "cuda": 4096}
+
+
+def batch_tokens(device: str) -> int:
+    """Tokens that pass through a block at once."""
+    return _BATCH_TOKENS.get(device, _BATCH_TOKENS["cpu"])
+
+
+def logit_tokens(device: str) -> int:
+    """Positions whose logits exist at once."""
+    return _LOGIT_TOKENS.get(device, _LOGIT_TOKENS["cpu"])
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes by kind. stream_per_token: activations that every calibration token costs for the whole run."""
+
+    process: int
+    weights: int
+    statistics: int
+    solving: int
+    forward: int
+    evaluation: int
+    stream_per_token: int
+    tokens: int
+
+    @property
+    def memory(self) -> int:
+        """The peak, in bytes."""
+        fixed = self.process + self.weights + max(self.statistics + self.solving, self.forward)
+        return fixed + self.evaluation + self.stream_per_token * self.tokens
+
+    def largest_sample(self, room: int, seqlen: int) -> int:
+        """The most windows of `seqlen` tokens with which `room` bytes are enough; 0 if none are."""
+        if not self.stream_per_token:
+            return 0
+        left = room - (self.memory - self.stream_per_token * self.tokens)
+        return max(0, left // (self.stream_per_token * seqlen))
+
+    def explain(self) -> str:
+        """The parts, for people."""
+        parts = {
+            "process": self.process,
+            "weights": self.weights,
+            "solver": self.statistics + self.solving,
+            "activations": self.stream_per_token * self.tokens + self.evaluation,
+        }
+        return ", ".join(f"{name} {memory.show(size)}" for name, size in parts.items())
+
+
+def needs(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    schemes: Mapping[Linear, Scheme | None],
+    request: QuantizeRequest,
+    *,
+    dtype: str,
+    seqlen: int,
+) -> Needs:
+    """What quantizing this checkpoint takes. dtype: of the forward passes. seqlen: tokens per window."""
+    size = tensor_bytes(dtype, (1,))
+    tensors = checkpoint.tensors
+    hidden = find(checkpoint.config, "hidden_size", "n_embd", "d_model", default=min(n.columns for n in layout.linears))
+    vocabulary = find(checkpoint.config, "vocab_size", default=0)
+    outside = sum(tensors[name].nbytes + tensors[name].numel * size for name in layout.outside)
+    blocks = [sum(tensors[name].nbytes for name in block) for block in layout.blocks]
+    of_block = [layout.of_block(index) for index in range(len(blocks))]
+    widest = max(linear.rows * linear.columns for linear in layout.linears)
+    inputs = [{(n.name.rpartition(".")[0], n.columns) for n in linears} for linears in of_block]
+    grams = max(sum(columns * columns for _, columns in unique) for unique in inputs)
+    columns = max(linear.columns for linear in layout.linears)
+    method = quantize.find(request.method)
+    dense_too = method.tuner is not None or bool(dict(request.options).get("correction"))
+    text = request.calibration.dataset != NO_TEXT
+    windows = (request.calibration.nsamples or DEFAULT_WINDOWS["calibration"]) if text else 0
+    watched = request.evaluation.nsamples or DEFAULT_WINDOWS["evaluation"]
+    batch = max(batch_tokens("cpu"), seqlen)
+    widths = max(sum(linear.rows for linear in linears) for linears in of_block)
+    return Needs(
+        process=PROCESS,
+        weights=outside + 3 * max(blocks),
+        statistics=(4 * grams * (2 if dense_too else 1)) if text else 0,
+        # the stack that is solved at once holds at most two of the widest matrices, in half a dozen float32 copies
+        solving=4 * (12 * widest + 4 * columns * columns),
+        forward=batch * (3 * widths + 6 * hidden) * size + batch * seqlen * 4,
+        evaluation=2 * watched * seqlen * hidden * size + 4 * logit_tokens("cpu") * vocabulary * 4,
+        stream_per_token=hidden * size * (2 if dense_too else 1),
+        tokens=windows * seqlen,
+    )
+
+
+def disk_free(out: Path) -> int:
+    """Bytes free where `out` will be, in the nearest folder that exists."""
+    place = Path(os.path.abspath(out))
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free

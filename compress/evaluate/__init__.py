@@ -1,0 +1,1 @@
+"""What a compressed model lost: measured, never guessed."""

@@ -1,0 +1,135 @@
+"""The `pack-quantized` layout of compressed-tensors: what vLLM, SGLang and plain transformers load.
+
+Per linear [rows, columns]: weight_packed int32 [rows, ⌈columns·bits/32⌉], weight_scale [rows, groups] in the model's
+dtype, weight_shape int64 [2], and with a zero point weight_zero_point int32 [⌈rows·bits/32⌉, groups], packed along
+the rows. Codes are stored as unsigned numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmpare.compress.checkpoint.write import TensorSpec
+from llmpare.compress.errors import InputError
+from llmpare.compress.model.layout import Linear
+from llmpare.compress.request import PER_CHANNEL, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmpare.compress.grid import Solved
+
+
+class CompressedTensors:
+    """See the protocol in llmpare.compress.formats."""
+
+    def scale_dtype(self, linear: Linear) -> str:
+        """The model's own: loaders cast scales to it, and a cast after rounding would move every weight."""
+        return linear.dtype
+
+    def check(self, schemes: Mapping[Linear, Scheme | None]) -> None:
+        """Only nn.Linear is known to compressed-tensors."""
+        for linear, scheme in schemes.items():
+            if scheme is not None and linear.transposed:
+                raise InputError(
+                    f"compressed-tensors cannot store {linear.name}: it is a Conv1D, not a Linear",
+                    "use --format gptq or --format dense",
+                )
+
+    def specs(self, linear: Linear, scheme: Scheme) -> list[TensorSpec]:
+        """See the top of this file."""
+        name, groups = linear.name, scheme.groups(linear.columns)
+        specs = [
+            TensorSpec(f"{name}.weight_packed", "I32", (linear.rows, _words(linear.columns, scheme.bits))),
+            TensorSpec(f"{name}.weight_scale", self.scale_dtype(linear), (linear.rows, groups)),
+            TensorSpec(f"{name}.weight_shape", "I64", (2,)),
+        ]
+        if not scheme.symmetric:
+            specs.append(TensorSpec(f"{name}.weight_zero_point", "I32", (_words(linear.rows, scheme.bits), groups)))
+        return specs
+
+    def encode(self, linear: Linear, scheme: Scheme, solved: "Solved") -> "dict[str, Tensor]":
+        """Codes as they are: no weight is rounded a second time."""
+        import torch
+
+        from llmpare.compress.checkpoint.tensors import DTYPES
+        from llmpare.compress.formats.packing import pack
+
+        tensors = {
+            f"{linear.name}.weight_packed": pack(solved.codes, scheme.bits),
+            f"{linear.name}.weight_scale": solved.scale.to(DTYPES[self.scale_dtype(linear)]),
+            f"{linear.name}.weight_shape": torch.tensor([linear.rows, linear.columns]),
+        }
+        if not scheme.symmetric:
+            zero = pack(solved.zero.t().to(torch.uint8), scheme.bits)
+            tensors[f"{linear.name}.weight_zero_point"] = zero.t().contiguous()
+        return tensors
+
+    def decode(self, linear: Linear, scheme: Scheme, tensors: "Mapping[str, Tensor]") -> "Tensor":
+        """(code − zero point) · scale."""
+        import torch
+
+        from llmpare.compress.formats.packing import unpack
+        from llmpare.compress.grid import Solved
+
+        codes = unpack(tensors[f"{linear.name}.weight_packed"], scheme.bits, linear.columns)
+        scale = tensors[f"{linear.name}.weight_scale"].float()
+        if scheme.symmetric:
+            zero = torch.full_like(scale, 2 ** (scheme.bits - 1))
+        else:
+            packed = tensors[f"{linear.name}.weight_zero_point"].t().contiguous()
+            zero = unpack(packed, scheme.bits, linear.rows).t().float()
+        return Solved(codes, scale, zero).weight()
+
+    def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme) -> dict[str, Any]:
+        """Groups of one scheme each: the exceptions by name first, the base scheme for every other Linear."""
+        names: dict[Scheme, list[str]] = {}
+        for linear, scheme in schemes.items():
+            if scheme is not None:
+                names.setdefault(scheme, []).append(linear.name)
+        exceptions = [scheme for scheme in names if scheme != base]
+        groups = {f"group_{i}": _group(scheme, names[scheme]) for i, scheme in enumerate(exceptions)}
+        if base in names:
+            groups[f"group_{len(groups)}"] = _group(base, ["Linear"])
+        dense = [linear.name for linear, scheme in schemes.items() if scheme is None]
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head", *dense],
+            "config_groups": groups,
+        }
+
+    def aliases(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """None: whoever loads this format knows the config as it is."""
+        return {}
+
+    def files(self, schemes: Mapping[Linear, Scheme | None], base: Scheme) -> dict[str, bytes]:
+        """None: config.json says it all."""
+        return {}
+
+    def notes(self, schemes: Mapping[Linear, Scheme | None]) -> Sequence[str]:
+        """Zero points are where loaders differ."""
+        if any(scheme is not None and not scheme.symmetric for scheme in schemes.values()):
+            return (
+                "transformers loads asymmetric compressed-tensors only with "
+                "quantization_config=CompressedTensorsConfig(dequantize=True); vLLM and SGLang load it as it is",
+            )
+        return ()
+
+
+def _words(count: int, bits: int) -> int:
+    return -(-count * bits // 32)
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    grouped = scheme.group_size != PER_CHANNEL
+    weights: dict[str, Any] = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "group" if grouped else "channel",
+        "dynamic": False,
+    }
+    if grouped:
+        weights["group_size"] = scheme.group_size
+    return {"targets": targets, "weights": weights}

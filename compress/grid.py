@@ -1,0 +1,158 @@
+"""Number grids: which values a stored weight can take.
+
+A grid turns weights into integer codes and back, and finds scales (and zero points) for a group of weights. Solvers
+get a grid handed in and know nothing else about it, so one solver serves every grid.
+
+Shapes: weights are [rows, columns]; every row has one scale and one zero point per group of consecutive columns,
+so scale and zero are [rows, groups]. Codes are integers 0 … 2^bits − 1 held in a float tensor while solvers work on
+them. A weight is (code − zero) · scale.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_ROWS_IN_CACHE = 1 << 17  # weights per slice of the search: its few temporaries then stay in the L2 cache
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is known about the inputs of a linear, per token: all a solver may look at.
+
+    gram: H = X̃ᵀX̃ / tokens, [columns, columns], of the inputs as the compressed model produces them.
+    drift: D = (X − X̃)ᵀX̃ / tokens, the same shape, X being the original model's inputs; None if it was not asked for.
+    """
+
+    gram: Tensor
+    drift: Tensor | None = None
+
+
+@dataclass
+class Solved:
+    """A quantized weight. codes [rows, columns] uint8; scale and zero [rows, groups] float32.
+
+    notes: what did not go as planned, as {"cause", "action"}, for the report.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    notes: list[dict[str, str]] = field(default_factory=list)
+
+    def weight(self) -> Tensor:
+        """The dequantized weight [rows, columns], float32."""
+        rows, columns = self.codes.shape
+        grouped = self.codes.view(rows, self.scale.shape[1], -1).float()
+        return ((grouped - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)).view(rows, columns)
+
+    def rows(self, start: int, end: int) -> "Solved":
+        """The part that belongs to one of several linears solved as one stack."""
+        return Solved(self.codes[start:end], self.scale[start:end], self.zero[start:end], self.notes)
+
+
+@dataclass(frozen=True)
+class IntGrid:
+    """Integers of `bits`, evenly spaced.
+
+    symmetric: the zero point is fixed at 2^(bits−1). That leaves one more level on the negative side, so the sign of
+    a scale is chosen per group to put the extra level where the largest weight is; every loader multiplies by the
+    scale as it is. Otherwise the zero point is an integer within the range.
+    scale_dtype: the precision in which scales are stored. Scales are rounded to it before any code is chosen, so the
+    loader sees exactly what the solver saw.
+    """
+
+    bits: int
+    symmetric: bool
+    scale_dtype: torch.dtype = torch.float32
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of the symmetric grid."""
+        return 2 ** (self.bits - 1)
+
+    def quantize(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Nearest codes. All three broadcast against each other."""
+        return torch.div(weight, scale).round_().add_(zero).clamp_(0, self.top)
+
+    def dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Weights of the codes."""
+        return (codes - zero).mul_(scale)
+
+    def solved(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Solved:
+        """Nearest codes of a whole weight [rows, columns] under scales and zero points [rows, groups]."""
+        rows, columns = weight.shape
+        grouped = weight.reshape(rows, scale.shape[1], -1)
+        codes = self.quantize(grouped, scale.unsqueeze(-1), zero.unsqueeze(-1)).to(torch.uint8)
+        return Solved(codes.view(rows, columns), scale, zero)
+
+    def round_scale(self, scale: Tensor) -> Tensor:
+        """The scales as they will be stored: in scale_dtype, never zero and never subnormal."""
+        tiny = torch.finfo(self.scale_dtype).tiny
+        stored = torch.where(scale.abs() < tiny, torch.full_like(scale, tiny), scale)
+        return stored.to(self.scale_dtype).to(scale.dtype)
+
+    def search(self, weight: Tensor, importance: Tensor | None, group_size: int) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of every group, minimising Σ importance_j · (w_j − q_j)².
+
+        weight [rows, columns]; importance [columns], at least 0, None for all ones; columns divisible by group_size.
+        Tries shrunken versions of the range that just covers the group: clipping the few largest weights buys
+        resolution for all others. Returns scale and zero, both [rows, columns / group_size].
+        """
+        rows, columns = weight.shape
+        grouped = weight.reshape(rows, columns // group_size, group_size)
+        root = None if importance is None else importance.reshape(-1, group_size).sqrt()
+        scale = weight.new_empty(rows, columns // group_size)
+        zero = torch.full_like(scale, self.middle)
+        step = max(1, _ROWS_IN_CACHE // columns) if weight.device.type == "cpu" else max(1, 2**26 // columns)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            find = self._search_symmetric if self.symmetric else self._search_asymmetric
+            scale[part], zero[part] = find(grouped[part], root)
+        return scale, zero
+
+    def _search_symmetric(self, weight: Tensor, root: Tensor | None) -> tuple[Tensor, Tensor]:
+        low, high = weight.aminmax(dim=-1)
+        # the side with the extra level gets the larger weight; `full` just covers both sides
+        sign = torch.where(high > -low, -1.0, 1.0)
+        small, large = torch.minimum(high.abs(), low.abs()), torch.maximum(high.abs(), low.abs())
+        full = sign * torch.maximum(large / self.middle, small / max(self.middle - 1, 1))
+        zero = torch.full_like(full, self.middle)
+        best = torch.full_like(full, torch.inf)
+        chosen = self.round_scale(full)
+        for signed in (full, -full):
+            for shrink in torch.linspace(1.0, 0.4, 25).tolist():
+                scale = self.round_scale(signed * shrink)
+                error = self._error(weight, root, scale, zero)
+                better = error < best
+                best = torch.where(better, error, best)
+                chosen = torch.where(better, scale, chosen)
+        return chosen, zero
+
+    def _search_asymmetric(self, weight: Tensor, root: Tensor | None) -> tuple[Tensor, Tensor]:
+        low, high = weight.aminmax(dim=-1)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        best = torch.full_like(low, torch.inf)
+        chosen, zero = torch.ones_like(low), torch.zeros_like(low)
+        for below in torch.linspace(1.0, 0.5, 6).tolist():
+            for above in torch.linspace(1.0, 0.5, 6).tolist():
+                scale = self.round_scale((high * above - low * below) / self.top)
+                offset = (-low * below / scale).round_().clamp_(0, self.top)
+                error = self._error(weight, root, scale, offset)
+                better = error < best
+                best = torch.where(better, error, best)
+                chosen = torch.where(better, scale, chosen)
+                zero = torch.where(better, offset, zero)
+        return chosen, zero
+
+    def _error(self, weight: Tensor, root: Tensor | None, scale: Tensor, zero: Tensor) -> Tensor:
+        scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
+        miss = self.quantize(weight, scale, zero).sub_(zero).mul_(scale).sub_(weight)
+        if root is not None:
+            miss.mul_(root)
+        return torch.linalg.vector_norm(miss, dim=-1)

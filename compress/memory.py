@@ -1,0 +1,56 @@
+"""How much memory this process may still take, as the machine and its limits tell; no torch."""
+
+import os
+import resource
+from pathlib import Path
+
+GIB = 2**30
+
+
+def available() -> int:
+    """Bytes this process can still allocate: the least of free memory, control-group limit and address-space limit."""
+    limits = [_meminfo(), _cgroup(), _address_space()]
+    return min(limit for limit in limits if limit is not None)
+
+
+def resident() -> int:
+    """Bytes of physical memory this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident() -> int:
+    """The most physical memory this process ever held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def show(count: float) -> str:
+    """A number of bytes for people: '3.1 GiB', '820 MiB'."""
+    if count >= GIB:
+        return f"{count / GIB:.1f} GiB"
+    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 1024:.0f} KiB"
+
+
+def _meminfo() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cgroup() -> int | None:
+    """Room under the control group's limit (version 2), which containers see at the root of the tree."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else int(limit) - used
+
+
+def _address_space() -> int | None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY:
+        return None
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    return soft - mapped

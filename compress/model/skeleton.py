@@ -1,0 +1,131 @@
+"""The model as modules on the meta device; weights come and go one part at a time.
+
+The only file that knows how transformers maps names on disk to parameters. It uses calls of transformers that carry
+no promise of stability; tests/compress/model/test_skeleton.py pins what they must do.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from llmpare.compress.checkpoint.read import Checkpoint
+from llmpare.compress.errors import InputError
+from llmpare.compress.model.layout import SUPPORTED, Layout
+
+
+class Skeleton:
+    """A causal language model without weights.
+
+    model: the transformers module. blocks: its decoder blocks. names: checkpoint tensor name → parameter name, for
+    every tensor the model claims; tensors it does not claim (extra prediction heads) are absent.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, device: torch.device, *, trust: bool):
+        self.dtype, self.device = dtype, device
+        self.model = _build(checkpoint, layout.architecture, dtype, trust)
+        self.names = _names(self.model, checkpoint)
+        self.blocks = _find_blocks(self.model, len(layout.blocks), layout.architecture)
+        for buffer in self._stray_buffers():
+            buffer.data = buffer.data.to(device)
+        self._check_linears(layout)
+
+    def place(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts tensors, by checkpoint name, where they belong, in the working dtype and on the device."""
+        for name, tensor in tensors.items():
+            target = self.names.get(name)
+            if target is None:
+                continue
+            owner, _, leaf = target.rpartition(".")
+            module = self.model.get_submodule(owner)
+            value = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            if leaf in module._buffers:
+                module._buffers[leaf] = value
+            else:
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def place_outside(self, tensors: Mapping[str, Tensor]) -> None:
+        """The same for all that is not a block; ties the head to the embeddings and checks that nothing is missing."""
+        self.place(tensors)
+        self.model.tie_weights()
+        inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
+        missing = [n for n, p in self.model.named_parameters() if p.is_meta and id(p) not in inside]
+        if missing:
+            raise InputError(f"the checkpoint lacks {', '.join(missing[:5])}", "download it again")
+
+    def unload(self, index: int) -> None:
+        """Frees the block's weights. Buffers stay: some are made when the model is built and are not in any file."""
+        for module in self.blocks[index].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty_like(parameter, device="meta")
+                    module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    def module(self, linear: str) -> nn.Module:
+        """The module of a linear, by its checkpoint name."""
+        return self.model.get_submodule(self.names[f"{linear}.weight"].removesuffix(".weight"))
+
+    def _stray_buffers(self) -> Iterable[Tensor]:
+        return [buffer for buffer in self.model.buffers() if not buffer.is_meta]
+
+    def _check_linears(self, layout: Layout) -> None:
+        """What the headers look like must be what the model is; a wrong guess must not reach the maths."""
+        for linear in layout.linears:
+            if linear.weight not in self.names:
+                raise _unsupported(layout.architecture, f"no module claims {linear.weight}")
+            module = self.module(linear.name)
+            kind = type(module).__name__
+            stored = module.weight.shape if isinstance(module.weight, Tensor) else ()
+            expected = (linear.columns, linear.rows) if linear.transposed else (linear.rows, linear.columns)
+            known = kind == "Conv1D" if linear.transposed else isinstance(module, nn.Linear)
+            if not known or tuple(stored) != expected:
+                raise _unsupported(layout.architecture, f"{linear.name} is a {kind} of {list(stored)}, not a linear")
+
+
+def _unsupported(architecture: str, why: str) -> InputError:
+    return InputError(f"architecture {architecture} is not supported: {why}", f"supported: {SUPPORTED}")
+
+
+def _build(checkpoint: Checkpoint, architecture: str, dtype: torch.dtype, trust: bool) -> nn.Module:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust, local_files_only=True)
+        with init_empty_weights(include_buffers=False):  # rotary frequencies are computed here and in no file
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unsupported(architecture, f"transformers cannot build it from config.json ({error})") from error
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Checkpoint name → parameter name, by transformers' own rules."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    names = {}
+    for name in checkpoint.tensors:
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target in state:
+            if tuple(state[target].shape) != checkpoint.tensors[name].shape:
+                raise InputError(
+                    f"{name} has shape {list(checkpoint.tensors[name].shape)}, config.json implies "
+                    f"{list(state[target].shape)}",
+                    "config.json and the weights do not belong together",
+                )
+            names[name] = target
+    return names
+
+
+def _find_blocks(model: nn.Module, count: int, architecture: str) -> nn.ModuleList:
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not lists:
+        raise _unsupported(architecture, f"it has no list of {count} blocks")
+    return max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))

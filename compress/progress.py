@@ -1,0 +1,36 @@
+"""How the engine tells whoever is watching where it is; it never prints by itself."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives what happens during a run, in order and from one thread."""
+
+    def phase(self, name: str) -> None:
+        """A phase begins ('loading', 'compressing', 'verifying'); the one before it has ended."""
+
+    def block(self, index: int, total: int, facts: Mapping[str, float]) -> None:
+        """Decoder block `index` (from 0) of `total` is finished; facts are figures by name, such as seconds."""
+
+    def warn(self, message: str) -> None:
+        """Something the user should know although the run goes on."""
+
+    def done(self) -> None:
+        """The run is over, well or not; nothing more will be reported."""
+
+
+class Silent:
+    """A Progress for library use and tests: nobody is watching."""
+
+    def phase(self, name: str) -> None:
+        pass
+
+    def block(self, index: int, total: int, facts: Mapping[str, float]) -> None:
+        pass
+
+    def warn(self, message: str) -> None:
+        pass
+
+    def done(self) -> None:
+        pass

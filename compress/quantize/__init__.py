@@ -1,0 +1,65 @@
+"""Quantization methods, one file each. This page is their registry and imports no torch.
+
+A method is a function (weight, statistics, grid, group_size, *, options) → Solved and one line below. Its options
+are its keyword-only parameters, repeated here with their defaults so that they can be checked before any work.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llmpare.compress.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Method:
+    """solver: 'module:function'. tuner: the same for a second stage that works on the whole block, if there is one."""
+
+    solver: str
+    options: Mapping[str, float] = field(default_factory=dict)
+    tuner: str | None = None
+    tuner_options: Mapping[str, float] = field(default_factory=dict)
+    needs_text: bool = True
+    summary: str = ""
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """Every option there is, with its default."""
+        return {**self.options, **self.tuner_options}
+
+
+_GPTQ = {"damping": 0.01, "rounds": 2, "sweeps": 2, "correction": 0.0}
+METHODS: dict[str, Method] = {
+    "rtn": Method("rtn:solve", needs_text=False, summary="round to nearest, scales searched by input energy"),
+    "gptq": Method("gptq:solve", _GPTQ, summary="error propagation, then refinement in Gram space"),
+    "tuned": Method(
+        "gptq:solve", _GPTQ, "tuned:tune", {"steps": 60, "step_size": 0.0025}, summary="gptq, then block-wise tuning"
+    ),
+}
+
+
+def find(name: str) -> Method:
+    """The method of that name. Raises UsageError with the nearest name and all there are."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, 1)
+        guess = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"unknown method {name!r}", f"{guess}--method takes one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def resolve(name: str, given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """All options of the method, the given ones in place of the defaults, as sorted pairs.
+
+    Raises UsageError for an unknown method, and for an option the method does not have.
+    """
+    defaults = find(name).defaults
+    for option in given:
+        if option not in defaults:
+            flag = "--" + option.replace("_", "-")
+            owners = [m for m, method in METHODS.items() if option in method.defaults]
+            near = difflib.get_close_matches(option, defaults, 1)
+            hint = f"did you mean --{near[0].replace('_', '-')}? " if near else ""
+            hint += f"{flag} belongs to {', '.join(owners)}; " if owners else ""
+            takes = ", ".join("--" + o.replace("_", "-") for o in defaults) or "no options"
+            raise UsageError(f"method {name} has no option {flag}", f"{hint}{name} takes {takes}")
+    return tuple(sorted({**defaults, **given}.items()))

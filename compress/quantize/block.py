@@ -1,0 +1,178 @@
+"""Quantizes one block: statistics of its inputs → a method's codes → the tensors of a format."""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmpare.compress import quantize
+from llmpare.compress.checkpoint.tensors import DTYPES
+from llmpare.compress.clock import Clock
+from llmpare.compress.gram import Gram, SharedInputs
+from llmpare.compress.grid import IntGrid, Solved, Statistics
+from llmpare.compress.model.layout import Linear
+from llmpare.compress.model.replay import Replay
+from llmpare.compress.model.skeleton import Skeleton
+from llmpare.compress.plan import Plan
+from llmpare.compress.quantize.refine import loss
+from llmpare.compress.request import PER_CHANNEL, Scheme
+from llmpare.compress.streams import Stream
+
+
+class QuantizeBlocks:
+    """The treatment `llmpare quantize` gives every block; see engine.Treatment."""
+
+    def __init__(self, plan: Plan, skeleton: Skeleton, replay: Replay, clock: Clock) -> None:
+        self._plan, self._skeleton, self._replay, self._clock = plan, skeleton, replay, clock
+        self._method = quantize.find(plan.request.method)
+        options = dict(plan.request.options)
+        self._solver = _load(self._method.solver)
+        self._solver_options = {name: options[name] for name in self._method.options}
+        self._tuner = _load(self._method.tuner) if self._method.tuner else None
+        self._tuner_options = {name: options[name] for name in self._method.tuner_options}
+        self.wants_drift = bool(self._solver_options.get("correction"))
+        self.wants_dense = self.wants_drift or self._tuner is not None
+
+    def treat(
+        self, index: int, source: Mapping[str, Tensor], calibration: Stream | None, dense: Stream | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Quantizes block `index`, which is loaded with its original weights, and leaves it compressed.
+
+        source: its tensors as they are on disk. calibration: the stream of the model compressed so far, or None for
+        a method that looks at no text. dense: the original model's stream, when `wants_dense`; it is advanced past
+        the block. Returns the tensors that replace the linears' weights, and facts for the report.
+        """
+        linears = {n.name: n for n in self._plan.layout.of_block(index) if self._plan.schemes[n] is not None}
+        with self._clock.phase("calibrate"):
+            groups = self._collect(index, linears, calibration, dense)
+        solved: dict[str, Solved] = {}
+        errors: dict[str, float] = {}
+        with self._clock.phase("solve"):
+            for names, statistics in groups:
+                for stack in self._stacks([linears[name] for name in names]):
+                    weights = [self._weight(linear, source) for linear in stack]
+                    self._solve(stack, weights, statistics, solved, errors)
+        with self._clock.phase("pack"):
+            tensors = self._encode(linears, solved)
+        for name, linear in linears.items():
+            self._put(linear, solved[name].weight())
+        return tensors, self._facts(linears, solved, errors)
+
+    def restore(self, index: int, stored: Mapping[str, Tensor]) -> None:
+        """Puts the weights that `stored`, the block's tensors in the output, stand for into the loaded block."""
+        for linear in self._plan.layout.of_block(index):
+            scheme = self._plan.schemes[linear]
+            if scheme is not None:
+                tensors = {name: tensor.to(self._skeleton.device) for name, tensor in stored.items()
+                           if name.startswith(linear.name + ".")}  # fmt: skip
+                self._put(linear, self._plan.format.decode(linear, scheme, tensors))
+
+    def _put(self, linear: Linear, weight: Tensor) -> None:
+        """Puts a weight [rows, columns] into the linear's module, in the working dtype."""
+        weight = weight.t().contiguous() if linear.transposed else weight
+        self._skeleton.place({linear.weight: weight})
+
+    def _collect(
+        self, index: int, linears: Mapping[str, Linear], calibration: Stream | None, dense: Stream | None
+    ) -> list[tuple[list[str], Statistics | None]]:
+        """Linears by shared input, in order of use, with the statistics of that input."""
+        if calibration is None:
+            return [([name], None) for name in linears]
+        modules = {name: self._skeleton.module(name) for name in linears}
+        shared = SharedInputs()
+        grams: dict[int, Gram] = {}
+        for batch in range(len(calibration)):
+            original: dict[int, Tensor] = {}
+
+            def accumulate(group: int, x: Tensor, original: dict[int, Tensor] = original) -> None:
+                gram = grams.setdefault(group, Gram(x.shape[-1], x.device, with_drift=self.wants_drift))
+                gram.add(x, original.get(group))
+
+            same = dense is not None and dense.hidden[batch] is calibration.hidden[batch]
+            if dense is not None and not same:
+                keep = original.__setitem__ if self.wants_drift else None
+                with shared.watch(modules, keep):
+                    dense.hidden[batch] = self._replay.run(index, dense.hidden[batch])
+            with shared.watch(modules, accumulate):
+                out = self._replay.run(index, calibration.hidden[batch])
+            if dense is not None and same:
+                dense.hidden[batch] = out
+        return [(names, grams[group].statistics()) for group, names in enumerate(shared.groups)]
+
+    def _stacks(self, linears: Sequence[Linear]) -> list[list[Linear]]:
+        """Linears of one shared input by scheme: each stack is solved as one matrix."""
+        stacks: dict[Scheme | None, list[Linear]] = {}
+        for linear in linears:
+            stacks.setdefault(self._plan.schemes[linear], []).append(linear)
+        return list(stacks.values())
+
+    def _solve(
+        self,
+        stack: Sequence[Linear],
+        weights: Sequence[Tensor],
+        statistics: Statistics | None,
+        solved: dict[str, Solved],
+        errors: dict[str, float],
+    ) -> None:
+        scheme = self._plan.schemes[stack[0]]
+        assert scheme is not None
+        grid = IntGrid(scheme.bits, scheme.symmetric, DTYPES[self._plan.format.scale_dtype(stack[0])])
+        size = stack[0].columns if scheme.group_size == PER_CHANNEL else scheme.group_size
+        result = self._solver(torch.cat(list(weights)), statistics, grid, size, **self._solver_options)
+        start = 0
+        for linear, weight in zip(stack, weights, strict=True):
+            part = result.rows(start, start + linear.rows)
+            solved[linear.name] = part
+            errors[linear.name] = _relative_error(weight, part.weight(), statistics)
+            start += linear.rows
+
+    def _weight(self, linear: Linear, source: Mapping[str, Tensor]) -> Tensor:
+        """The original weight [rows, columns] in float32; NaN and infinities, if allowed at all, count as 0."""
+        weight = source[linear.weight].to(self._skeleton.device, torch.float32)
+        weight = weight.t().contiguous() if linear.transposed else weight
+        return weight.nan_to_num(0.0, 0.0, 0.0) if self._plan.request.allow_nonfinite else weight
+
+    def _encode(self, linears: Mapping[str, Linear], solved: Mapping[str, Solved]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, linear in linears.items():
+            scheme = self._plan.schemes[linear]
+            assert scheme is not None
+            tensors.update(self._plan.format.encode(linear, scheme, solved[name]))
+        return tensors
+
+    def _facts(
+        self, linears: Mapping[str, Linear], solved: Mapping[str, Solved], errors: Mapping[str, float]
+    ) -> dict[str, Any]:
+        quantized = self._plan.quantized
+        return {
+            "linears": [
+                {
+                    "name": name,
+                    "rows": linear.rows,
+                    "columns": linear.columns,
+                    "scheme": quantized[linear].name,
+                    "method": self._plan.request.method,
+                    "relative_error": errors[name],
+                }
+                for name, linear in linears.items()
+            ],
+            "fallbacks": [{"name": name, **note} for name in linears for note in solved[name].notes],
+        }
+
+
+def _load(name: str) -> Any:
+    """The function a registry line names, 'module:function' of llmpare.compress.quantize."""
+    module, _, function = name.partition(":")
+    return vars(import_module(f"llmpare.compress.quantize.{module}"))[function]
+
+
+def _relative_error(weight: Tensor, quantized: Tensor, statistics: Statistics | None) -> float:
+    """Squared output error over squared output; of the weights themselves when nothing is known of the inputs."""
+    if statistics is None:
+        lost, whole = (weight - quantized).square().sum(), weight.square().sum()
+    else:
+        lost = loss(weight, quantized, statistics.gram).sum()
+        whole = loss(weight, torch.zeros_like(weight), statistics.gram).sum()
+    return float(lost / whole) if whole > 0 else 0.0

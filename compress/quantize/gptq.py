@@ -1,0 +1,96 @@
+"""GPTQ: round column by column and let the columns still to come absorb the error.
+
+Frantar et al., 2022 (arXiv:2210.17323), with static act-order: scales belong to the *original* groups of columns,
+only the order of the loop follows the importance of the inputs, so the stored layout stays trivial.
+"""
+
+import torch
+from torch import Tensor
+
+from llmpare.compress.grid import IntGrid, Solved, Statistics
+from llmpare.compress.quantize import linalg, refine, rtn
+
+
+def solve(
+    weight: Tensor,
+    statistics: Statistics,
+    grid: IntGrid,
+    group_size: int,
+    *,
+    damping: float,
+    rounds: float,
+    sweeps: float,
+    correction: float,
+) -> Solved:
+    """Codes, scales and zero points of weight [rows, columns], float32, columns divisible by group_size.
+
+    damping: λ as a share of the mean diagonal of H. rounds: how often to refit the scales and then descend on the
+    codes, with `sweeps` passes over the columns each time; 0 is plain GPTQ. correction: α in 0…1, how much of the
+    error of earlier blocks to make up for (needs statistics.drift).
+    Falls back to weighted rounding, with a note, when H cannot be factorised.
+    """
+    gram = statistics.gram
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    factor, used = linalg.factorise(gram[order][:, order], damping)
+    if factor is None:
+        solved = rtn.solve(weight, statistics, grid, group_size)
+        cause = f"Gram matrix not positive definite, damping tried up to {used:g}"
+        solved.notes.append({"cause": cause, "action": "weighted round-to-nearest"})
+        return solved
+    damped = linalg.damp(gram, used)
+    if correction and statistics.drift is not None:
+        weight = linalg.correct(weight, damped, statistics.drift, correction)
+    weight = weight.masked_fill(linalg.dead_columns(gram), 0.0)
+    scale, zero = grid.search(weight, gram.diagonal(), group_size)
+    codes = propagate(weight, factor, order, scale, zero, grid, group_size)
+    for _ in range(int(rounds)):
+        scale = refine.refit_scales(weight, damped, codes, scale, zero, grid)
+        codes = refine.coordinate_descent(
+            weight, damped, order, codes, scale, zero, grid, group_size, sweeps=int(sweeps)
+        )
+    solved = Solved(codes.to(torch.uint8), scale, zero)
+    if used != damping:
+        solved.notes.append({"cause": f"Gram matrix not positive definite at damping {damping:g}",
+                             "action": f"damping raised to {used:g}"})
+    return solved
+
+
+_BLOCK = 128  # columns whose error is propagated one by one; everything to their right waits for one matrix product
+
+
+def propagate(
+    weight: Tensor, factor: Tensor, order: Tensor, scale: Tensor, zero: Tensor, grid: IntGrid, group_size: int
+) -> Tensor:
+    """Codes [rows, columns] that minimise tr((Q − W)·H·(Q − W)ᵀ) greedily, column by column.
+
+    weight [rows, columns], dead columns already zero. order [columns]: the sequence in which columns are rounded.
+    factor: R with (H⁻¹)[order][:, order] = Rᵀ·R, upper triangular. scale, zero [rows, groups], for original columns.
+
+    With W permuted by `order`, for each column i: q_i = quantize(w_i), e = (w_i − q_i)/R_ii, and every later column
+    j gets w_j −= e·R_ij. The later columns outside the block of 128 get the sum of its corrections at once.
+    """
+    pending = weight[:, order]
+    group = order // group_size
+    scales, zeros = scale.t()[group], zero.t()[group]  # [columns, rows]: one contiguous row per step
+    codes = torch.empty_like(pending)
+    diagonal = factor.diagonal().tolist()
+    columns = len(order)
+    for start in range(0, columns, _BLOCK):
+        end = min(start + _BLOCK, columns)
+        inside = pending[:, start:end].t().contiguous()  # [block, rows]
+        errors = torch.empty_like(inside)
+        picked = torch.empty_like(inside)
+        local = factor[start:end, start:end]
+        for i in range(end - start):
+            at = start + i
+            column = inside[i]
+            torch.div(column, scales[at], out=picked[i])
+            picked[i].round_().add_(zeros[at]).clamp_(0, grid.top)
+            torch.sub(picked[i], zeros[at], out=errors[i])
+            errors[i].mul_(scales[at]).sub_(column).div_(-diagonal[at])
+            inside[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+        codes[:, start:end] = picked.t()
+        pending[:, end:].addmm_(errors.t(), factor[start:end, end:], alpha=-1)
+    unsorted = torch.empty_like(codes)
+    unsorted[:, order] = codes
+    return unsorted

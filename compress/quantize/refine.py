@@ -1,0 +1,102 @@
+"""Refinement of codes and scales in Gram space: no data is looked at again.
+
+Both steps lower L = tr((Q − W)·H·(Q − W)ᵀ) or leave it, and both keep the stored format. Coordinate descent picks,
+column by column, the best code with all others fixed; the scale refit solves for the best scales with all codes
+fixed. L is the layer's squared output error, so a lower L is a better layer.
+"""
+
+import torch
+from torch import Tensor
+
+from llmpare.compress.grid import IntGrid
+
+_BLOCK = 128
+
+
+def loss(weight: Tensor, quantized: Tensor, gram: Tensor) -> Tensor:
+    """L for every row: [rows]."""
+    miss = quantized - weight
+    return ((miss @ gram) * miss).sum(1)
+
+
+def coordinate_descent(
+    weight: Tensor,
+    gram: Tensor,
+    order: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    grid: IntGrid,
+    group_size: int,
+    sweeps: int,
+) -> Tensor:
+    """Better codes [rows, columns] for fixed scales; `sweeps` passes over all columns in the given order.
+
+    With G = (W − Q)·H, the best real value of column j is q_j + G_j / H_jj; rounding it to the grid is optimal
+    because L is a parabola in q_j. A change Δ of column j changes G by −Δ·H_j.
+    gram must have a positive diagonal.
+    """
+    weight, gram = weight[:, order], gram[order][:, order]
+    group = order // group_size
+    scales, zeros = scale.t()[group], zero.t()[group]  # [columns, rows]
+    current = codes[:, order].t().contiguous()  # [columns, rows]
+    quantized = (current - zeros).mul_(scales)
+    curvature = gram.diagonal().tolist()
+    columns = len(order)
+    gradient = gram @ (weight.t() - quantized)  # [columns, rows]
+    for _ in range(sweeps):
+        before = current.clone()
+        for start in range(0, columns, _BLOCK):
+            end = min(start + _BLOCK, columns)
+            local = gram[start:end, start:end]
+            inside = gradient[start:end]
+            changes = torch.empty_like(inside)
+            for i in range(end - start):
+                at = start + i
+                wanted = torch.add(quantized[at], inside[i], alpha=1.0 / curvature[at])
+                wanted.div_(scales[at]).round_().add_(zeros[at]).clamp_(0, grid.top)
+                current[at] = wanted
+                wanted.sub_(zeros[at]).mul_(scales[at])
+                torch.sub(wanted, quantized[at], out=changes[i])
+                quantized[at] = wanted
+                inside.addr_(local[i], changes[i], alpha=-1)
+            gradient[:start].addmm_(gram[:start, start:end], changes, alpha=-1)
+            gradient[end:].addmm_(gram[end:, start:end], changes, alpha=-1)
+        if torch.equal(before, current):
+            break
+    better = torch.empty_like(codes)
+    better[:, order] = current.t()
+    return better
+
+
+def refit_scales(weight: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, grid: IntGrid) -> Tensor:
+    """The scales [rows, groups] that minimise L for fixed codes: one small least-squares problem per row.
+
+    With c_g the codes minus zero of group g (zero elsewhere), A_gk = c_gᵀ·H·c_k and b_g = c_gᵀ·H·w; s = A⁻¹·b.
+    Rows where rounding the result to the stored precision would not pay keep their scales.
+    """
+    rows, columns = weight.shape
+    groups = scale.shape[1]
+    size = columns // groups
+    centred = (codes.reshape(rows, groups, size) - zero.unsqueeze(-1)).reshape(rows, columns)
+    target = weight @ gram
+    matrix = weight.new_empty(rows, groups, groups)
+    for g in range(groups):
+        part = slice(g * size, (g + 1) * size)
+        through = (centred[:, part] @ gram[part]).mul_(centred)  # [rows, columns]
+        matrix[:, g] = through.reshape(rows, groups, size).sum(-1)
+    wanted = (target * centred).reshape(rows, groups, size).sum(-1)
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    empty = diagonal <= 0  # a group of zeros only: any scale does
+    diagonal.add_(diagonal.amax(1, keepdim=True), alpha=1e-6)
+    diagonal.add_(empty)
+    solved = torch.linalg.solve(matrix, wanted)
+    solved = torch.where(empty | ~torch.isfinite(solved) | (solved == 0), scale, solved)
+    fitted = grid.round_scale(solved)
+    spread = size
+
+    def expand(s: Tensor) -> Tensor:
+        return s.repeat_interleave(spread, dim=1)
+
+    worse = loss(weight, centred * expand(fitted), gram) > loss(weight, centred * expand(scale), gram)
+    return torch.where(worse.unsqueeze(1), scale, fitted)

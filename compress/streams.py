@@ -1,0 +1,60 @@
+"""Hidden states of a set of windows on their way through the model, a batch at a time."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmpare.compress.model.replay import Replay
+
+
+class Stream:
+    """ids and hidden: one tensor [windows, tokens] and one [windows, tokens, hidden] per batch, on the device.
+
+    A stream stands before some block; `advance` takes it past that block.
+    """
+
+    def __init__(self, ids: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
+        self.ids = list(ids)
+        self.hidden = list(hidden)
+
+    @classmethod
+    def enter(cls, windows: Tensor, replay: Replay, batch: int) -> "Stream":
+        """The stream before block 0, for windows [windows, tokens], `batch` of them at a time."""
+        ids = list(windows.to(replay.device).split(batch))
+        return cls(ids, [replay.embed(part) for part in ids])
+
+    def fork(self) -> "Stream":
+        """A second stream at the same place; what is shared is never written to."""
+        return Stream(self.ids, self.hidden)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @torch.no_grad()
+    def advance(self, replay: Replay, index: int) -> None:
+        """Through block `index`, which must be loaded."""
+        for batch, hidden in enumerate(self.hidden):
+            self.hidden[batch] = replay.run(index, hidden)
+
+    def halve(self, replay: Replay) -> None:
+        """Splits every batch in two, for a device that ran out of memory. Batches of one window stay."""
+        self.ids = [half for part in self.ids for half in part.split(max(1, len(part) // 2))]
+        self.hidden = [half for part in self.hidden for half in part.split(max(1, len(part) // 2))]
+        for shape in {part.shape: part for part in self.ids}.values():
+            replay.embed(shape)
+
+    def finite(self) -> bool:
+        """Whether no activation is NaN or infinite. One synchronisation."""
+        return bool(torch.stack([hidden.isfinite().all() for hidden in self.hidden]).all())
+
+
+@torch.no_grad()
+def relative_error(dense: Stream, compressed: Stream) -> float:
+    """‖compressed − dense‖² / ‖dense‖² over all hidden states."""
+    miss = torch.zeros((), dtype=torch.float64, device=dense.hidden[0].device)
+    norm = torch.zeros_like(miss)
+    for a, b in zip(dense.hidden, compressed.hidden, strict=True):
+        miss += (a.float() - b.float()).square().sum()
+        norm += a.float().square().sum()
+    return float(miss / norm) if norm > 0 else 0.0

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Plan:
         """The output format."""
         return formats.find(self.request.format)
 
-    @property
+    @cached_property
     def quantized(self) -> dict[Linear, Scheme]:
         """The linears that are quantized, with their schemes."""
         return {linear: scheme for linear, scheme in self.schemes.items() if scheme is not None}

@@ -37,12 +37,15 @@ class Stream:
         for batch, hidden in enumerate(self.hidden):
             self.hidden[batch] = replay.run(index, hidden)
 
-    def halve(self, replay: Replay) -> None:
-        """Splits every batch in two, for a device that ran out of memory. Batches of one window stay."""
-        self.ids = [half for part in self.ids for half in part.split(max(1, len(part) // 2))]
-        self.hidden = [half for part in self.hidden for half in part.split(max(1, len(part) // 2))]
-        for shape in {part.shape: part for part in self.ids}.values():
-            replay.embed(shape)
+    @property
+    def windows(self) -> int:
+        """How many windows there are."""
+        return sum(len(part) for part in self.ids)
+
+    def pick(self, indices: Sequence[int]) -> Tensor:
+        """Hidden states [len(indices), tokens, hidden] of some windows, by their number."""
+        size = len(self.hidden[0])  # every batch but the last
+        return torch.stack([self.hidden[index // size][index % size] for index in indices])
 
     def finite(self) -> bool:
         """Whether no activation is NaN or infinite. One synchronisation."""

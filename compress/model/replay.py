@@ -4,13 +4,14 @@ Masks, position embeddings and per-layer attention kinds depend on the family. I
 own forward runs with every block replaced by a pass-through that writes down what it was called with.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from llmpare.compress.errors import InputError
 from llmpare.compress.model.skeleton import Skeleton
@@ -70,14 +71,18 @@ class Replay:
             raise InputError(f"architecture {name} is not supported: its blocks take arguments that depend on the tokens")
         return entered[0]
 
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """The output [windows, tokens, hidden] of block `index`, which must be loaded."""
-        block = self._skeleton.blocks[index]
-        call = self._calls[tuple(hidden.shape[:2])][index]
-        if call.positional:
-            out = block(hidden, *call.args, **call.kwargs)
-        else:
-            out = block(hidden_states=hidden, **call.kwargs)
+    def run(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The output [windows, tokens, hidden] of block `index`, which must be loaded.
+
+        weights: parameters of the block, by their names within it, to use in place of its own; gradients reach them.
+        """
+        shape = tuple(hidden.shape[:2])
+        if shape not in self._calls:
+            self.embed(torch.zeros(shape, dtype=torch.long, device=self.device))
+        call, block = self._calls[shape][index], self._skeleton.blocks[index]
+        args = (hidden, *call.args) if call.positional else ()
+        kwargs = call.kwargs if call.positional else {"hidden_states": hidden, **call.kwargs}
+        out = functional_call(block, dict(weights), args, kwargs) if weights else block(*args, **kwargs)
         return out if isinstance(out, Tensor) else out[0]
 
     @torch.no_grad()

@@ -61,6 +61,25 @@ class Skeleton:
                     empty = torch.empty_like(parameter, device="meta")
                     module._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
+    def inside(self, index: int) -> dict[str, str]:
+        """Checkpoint tensor name → parameter name within block `index`."""
+        of_parameter = {id(parameter): name for name, parameter in self.blocks[index].named_parameters()}
+        found = {}
+        for name, target in self.names.items():
+            owner, _, leaf = target.rpartition(".")
+            parameter = self.model.get_submodule(owner)._parameters.get(leaf)
+            if id(parameter) in of_parameter:
+                found[name] = of_parameter[id(parameter)]
+        return found
+
+    def norms(self, index: int) -> list[str]:
+        """The gains of the block's norms, by checkpoint name: one-dimensional weights of what is no linear."""
+        return [
+            name
+            for name in self.inside(index)
+            if name.endswith(".weight") and self.module(name.removesuffix(".weight")).weight.ndim == 1
+        ]
+
     def module(self, linear: str) -> nn.Module:
         """The module of a linear, by its checkpoint name."""
         return self.model.get_submodule(self.names[f"{linear}.weight"].removesuffix(".weight"))

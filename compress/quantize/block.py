@@ -17,8 +17,11 @@ from llmpare.compress.model.replay import Replay
 from llmpare.compress.model.skeleton import Skeleton
 from llmpare.compress.plan import Plan
 from llmpare.compress.quantize.refine import loss
+from llmpare.compress.quantize.tuned import Start
 from llmpare.compress.request import PER_CHANNEL, Scheme
 from llmpare.compress.streams import Stream
+
+TUNING_WINDOWS = 8  # per step: more do not pay for their time
 
 
 class QuantizeBlocks:
@@ -54,11 +57,16 @@ class QuantizeBlocks:
                 for stack in self._stacks([linears[name] for name in names]):
                     weights = [self._weight(linear, source) for linear in stack]
                     self._solve(stack, weights, statistics, solved, errors)
+        gains: dict[str, Tensor] = {}
+        if self._tuner is not None and calibration is not None and dense is not None:
+            with self._clock.phase("tune"):
+                gains = self._tune(index, linears, source, solved, calibration, dense)
+            self._skeleton.place(gains)
         with self._clock.phase("pack"):
             tensors = self._encode(linears, solved)
         for name, linear in linears.items():
             self._put(linear, solved[name].weight())
-        return tensors, self._facts(linears, solved, errors)
+        return {**tensors, **gains}, self._facts(linears, solved, errors)
 
     def restore(self, index: int, stored: Mapping[str, Tensor]) -> None:
         """Puts the weights that `stored`, the block's tensors in the output, stand for into the loaded block."""
@@ -116,9 +124,7 @@ class QuantizeBlocks:
         solved: dict[str, Solved],
         errors: dict[str, float],
     ) -> None:
-        scheme = self._plan.schemes[stack[0]]
-        assert scheme is not None
-        grid = IntGrid(scheme.bits, scheme.symmetric, DTYPES[self._plan.format.scale_dtype(stack[0])])
+        scheme, grid = self._plan.quantized[stack[0]], self._grid(stack[0])
         size = stack[0].columns if scheme.group_size == PER_CHANNEL else scheme.group_size
         result = self._solver(torch.cat(list(weights)), statistics, grid, size, **self._solver_options)
         start = 0
@@ -127,6 +133,45 @@ class QuantizeBlocks:
             solved[linear.name] = part
             errors[linear.name] = _relative_error(weight, part.weight(), statistics)
             start += linear.rows
+
+    def _tune(
+        self,
+        index: int,
+        linears: Mapping[str, Linear],
+        source: Mapping[str, Tensor],
+        solved: dict[str, Solved],
+        calibration: Stream,
+        dense: Stream,
+    ) -> dict[str, Tensor]:
+        """Trains the block as a whole; `solved` gets the better codes. Returns the norms' gains by tensor name."""
+        inside = self._skeleton.inside(index)
+        norms = {name: source[name].to(self._skeleton.device) for name in self._skeleton.norms(index)}
+
+        def forward(weights: Mapping[str, Tensor], gains: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+            placed = {inside[name]: gain for name, gain in gains.items()}
+            for name, weight in weights.items():
+                placed[inside[linears[name].weight]] = weight.t() if linears[name].transposed else weight
+            return self._replay.run(index, hidden, placed)
+
+        def pick(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return calibration.pick(indices), dense.pick(indices)
+
+        starts = {
+            name: Start(self._weight(linear, source), solved[name], self._grid(linear)) for name, linear in linears.items()
+        }
+        windows = min(TUNING_WINDOWS, len(calibration.hidden[0]))
+        tuned, gains = self._tuner(
+            forward, pick, calibration.windows, starts, norms,
+            windows=windows, seed=self._plan.request.seed + index, **self._tuner_options,
+        )  # fmt: skip
+        for name, part in tuned.items():
+            part.notes = solved[name].notes
+            solved[name] = part
+        return gains
+
+    def _grid(self, linear: Linear) -> IntGrid:
+        scheme = self._plan.quantized[linear]
+        return IntGrid(scheme.bits, scheme.symmetric, DTYPES[self._plan.format.scale_dtype(linear)])
 
     def _weight(self, linear: Linear, source: Mapping[str, Tensor]) -> Tensor:
         """The original weight [rows, columns] in float32; NaN and infinities, if allowed at all, count as 0."""
@@ -137,8 +182,7 @@ class QuantizeBlocks:
     def _encode(self, linears: Mapping[str, Linear], solved: Mapping[str, Solved]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, linear in linears.items():
-            scheme = self._plan.schemes[linear]
-            assert scheme is not None
+            scheme = self._plan.quantized[linear]
             tensors.update(self._plan.format.encode(linear, scheme, solved[name]))
         return tensors
 

@@ -1,0 +1,158 @@
+"""Block-wise tuning: rounding, scales and norm gains are trained so that the whole block's output comes out right.
+
+The idea of AutoRound (Cheng et al., 2023, arXiv:2309.05516), started from the codes of another solver instead of
+plain rounding: weights begin within their present rounding interval, so few and small steps are enough. With codes
+c, scales s and zero points z from the solver,
+
+    u = c + clip(W/s + z − c, ±0.49)        where the weight lies in its interval
+    q = clip(round(u + V)),  W̃ = (q − z)·s·a
+
+and V (one per weight), a (one per scale) and the gains of the block's norms are trained on the mean squared error of
+the block's output. V moves by the sign of its gradient, a and the gains by Adam, all with a falling step. Rounding is
+passed straight through. The best point on windows that are held back is kept, and no progress there ends the tuning.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmpare.compress.grid import IntGrid, Solved
+
+Forward = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], Tensor]
+
+_INSIDE = 0.49  # of a rounding interval: a start from which one small step can change a code
+_ADAM_STEP = 2e-3
+_HELD_BACK = 8  # one window in so many, at least one, says when to stop
+_CHECKS = 10  # looks at the held-back windows per tuning
+_PATIENCE = 3  # looks without progress that end it
+
+
+@dataclass(frozen=True)
+class Start:
+    """A linear before tuning: its original weight [rows, columns] in float32, and what the solver made of it."""
+
+    weight: Tensor
+    solved: Solved
+    grid: IntGrid
+
+
+def tune(
+    forward: Forward,
+    pick: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
+    count: int,
+    starts: Mapping[str, Start],
+    gains: Mapping[str, Tensor],
+    *,
+    steps: float,
+    step_size: float,
+    windows: int,
+    seed: int,
+) -> tuple[dict[str, Solved], dict[str, Tensor]]:
+    """Better codes and scales for all linears of a block at once, and better gains for its norms.
+
+    forward(weights, gains, hidden): the block's output for hidden [windows, tokens, hidden] with these weights and
+    gains, all in the working dtype. pick(indices): for those of the `count` windows, what enters the block in the
+    compressed model and what leaves it in the original one, [windows, tokens, hidden] each. windows: how many are
+    drawn per step. gains: as they are stored, and so they are returned. The result is never worse than the start on
+    the windows held back; with a single window there is nothing to hold back, and the start is returned.
+    """
+    parts = {name: _Linear(start) for name, start in starts.items()}
+    norms = {name: _Gain(gain) for name, gain in gains.items()}
+    held = max(1, count // _HELD_BACK)
+    training = count - held
+    if training == 0:
+        return {name: start.solved for name, start in starts.items()}, dict(gains)
+    generator = torch.Generator().manual_seed(seed)
+    adam = torch.optim.Adam([*(part.factor for part in parts.values()), *(norm.value for norm in norms.values())])
+
+    def error(chosen: Sequence[int]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        hidden, target = pick(chosen)
+        leaves = {name: part.weight().to(hidden.dtype).requires_grad_() for name, part in parts.items()}
+        gain = {name: norm.stored().to(hidden.dtype).requires_grad_() for name, norm in norms.items()}
+        miss = forward(leaves, gain, hidden).float() - target.float()
+        return miss.square().mean(), leaves, gain
+
+    @torch.no_grad()
+    def held_back() -> float:
+        chunks = [range(start, min(start + windows, count)) for start in range(training, count, windows)]
+        return sum(float(error(chunk)[0]) * len(chunk) for chunk in chunks)
+
+    total = int(steps)
+    best, kept, misses = held_back(), _snapshot(parts, norms), 0
+    for step in range(total):
+        remaining = 1 - step / total
+        chosen = torch.randperm(training, generator=generator)[:windows].tolist()
+        with torch.enable_grad():
+            loss, leaves, gain = error(chosen)
+            gradients = torch.autograd.grad(loss, [*leaves.values(), *gain.values()])
+        for part, gradient in zip(parts.values(), gradients, strict=False):
+            part.move(gradient.float(), step_size * remaining)
+        for norm, gradient in zip(norms.values(), gradients[len(parts) :], strict=True):
+            norm.value.grad = gradient.float()
+        adam.param_groups[0]["lr"] = _ADAM_STEP * remaining
+        adam.step()
+        if (step + 1) % max(1, total // _CHECKS) == 0:
+            now = held_back()
+            if now < best:
+                best, kept, misses = now, _snapshot(parts, norms), 0
+            else:
+                misses += 1
+                if misses == _PATIENCE:
+                    break
+    return kept
+
+
+class _Linear:
+    """One linear in training. Gradients of V and a are formed by hand: both follow from that of the weight."""
+
+    def __init__(self, start: Start) -> None:
+        self._grid, solved = start.grid, start.solved
+        rows, groups = solved.scale.shape
+        self._shape = (rows, groups, -1)
+        self._scale, self._zero = solved.scale.unsqueeze(-1), solved.zero.unsqueeze(-1)
+        codes = solved.codes.view(self._shape).float()
+        wanted = start.weight.view(self._shape) / self._scale + self._zero
+        self._position = codes + (wanted - codes).clamp_(-_INSIDE, _INSIDE)
+        self._shift = torch.zeros_like(self._position)
+        self.factor = torch.ones_like(self._scale)
+
+    def _codes(self) -> Tensor:
+        return (self._position + self._shift).round_().clamp_(0, self._grid.top)
+
+    def _stored_scale(self) -> Tensor:
+        return self._grid.round_scale(self._scale * self.factor)
+
+    def weight(self) -> Tensor:
+        """W̃ [rows, columns], exactly as it would be stored now."""
+        return self._codes().sub_(self._zero).mul_(self._stored_scale()).flatten(1)
+
+    def move(self, gradient: Tensor, step: float) -> None:
+        """Moves V against the sign of its gradient, given that of W̃, and leaves a's for the optimiser."""
+        gradient = gradient.view(self._shape)
+        self.factor.grad = (gradient * (self._codes() - self._zero)).sum(-1, keepdim=True) * self._scale
+        place = self._position + self._shift
+        outside = (place < -0.5) | (place > self._grid.top + 0.5)  # clipped: moving V would change nothing
+        move = gradient.sign() * self._scale.sign()
+        self._shift.sub_(move.masked_fill_(outside, 0.0), alpha=step).clamp_(-1, 1)
+
+    def solved(self) -> Solved:
+        """Codes and scales of the present point."""
+        codes = self._codes().flatten(1).to(torch.uint8)
+        return Solved(codes, self._stored_scale().squeeze(-1), self._zero.squeeze(-1))
+
+
+class _Gain:
+    """The gain of a norm in training: moved in float32, used in the precision it is stored in."""
+
+    def __init__(self, gain: Tensor) -> None:
+        self._dtype = gain.dtype
+        self.value = gain.float().clone()
+
+    def stored(self) -> Tensor:
+        return self.value.to(self._dtype)
+
+
+def _snapshot(parts: Mapping[str, _Linear], norms: Mapping[str, _Gain]) -> tuple[dict[str, Solved], dict[str, Tensor]]:
+    return {name: part.solved() for name, part in parts.items()}, {name: norm.stored() for name, norm in norms.items()}

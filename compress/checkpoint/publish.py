@@ -21,7 +21,6 @@ from llmpare.compress.checkpoint.manifest import (
     JOURNAL,
     LOCK,
     MANIFEST,
-    OWN,
     build_manifest,
     files_below,
     finished,
@@ -305,13 +304,10 @@ def _entries(folder: Path) -> list[str]:
 
 
 def _clear(partial: Path) -> None:
-    """Empties OUT.partial but for the lock. What makes it resumable goes first, so that a kill cannot mislead."""
-    entries = _entries(partial)
-    for name in sorted(entries, key=lambda name: (name not in OWN, name)):
+    """Empties OUT.partial but for the lock."""
+    for name in _entries(partial):
         path = partial / name
-        if name == LOCK:
-            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif name != LOCK:
             os.unlink(path)

@@ -130,7 +130,7 @@ class CheckpointWriter:
             with writing(shard.path):
                 os.fsync(shard.fd)
         with writing(self._folder):
-            pass
+            sync_folder(self._folder)
 
     def close(self) -> None:
         """Closes the files, without making them durable."""

@@ -8,8 +8,10 @@ c, scales s and zero points z from the solver,
     q = clip(round(u + V)),  W̃ = (q − z)·s·a
 
 and V (one per weight), a (one per scale) and the gains of the block's norms are trained on the mean squared error of
-the block's output. V moves by the sign of its gradient, a and the gains by Adam, all with a falling step. Rounding is
-passed straight through. The best point on windows that are held back is kept, and no progress there ends the tuning.
+the block's output, by Adam with linearly falling steps. AutoRound moves V by the sign of its gradient; Adam, which
+divides by the gradient's size over time, moves less where the sign keeps changing, and loses a quarter less in as
+many steps (benchmarks/README.md). Rounding is passed straight through. The best point on windows that are held back
+is kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +25,10 @@ from llmpare.compress.grid import IntGrid, Solved
 Forward = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], Tensor]
 
 _INSIDE = 0.49  # of a rounding interval: a start from which one small step can change a code
-_ADAM_STEP = 2e-3
-_HELD_BACK = 8  # one window in so many, at least one, says when to stop
-_CHECKS = 10  # looks at the held-back windows per tuning
-_PATIENCE = 3  # looks without progress that end it
+_SCALE_STEP = 2e-3  # Adam's first step for a and for the gains, both of which begin near 1
+_BETAS = (0.9, 0.98)  # a memory of fifty steps: a tuning has not many more
+_HELD_BACK = 8  # one window in so many, at least one, judges the rest
+_LOOKS = 10  # at the held-back windows, per tuning
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,13 @@ def tune(
     if training == 0:
         return {name: start.solved for name, start in starts.items()}, dict(gains)
     generator = torch.Generator().manual_seed(seed)
-    adam = torch.optim.Adam([*(part.factor for part in parts.values()), *(norm.value for norm in norms.values())])
+    adam = torch.optim.Adam(
+        [
+            {"params": [part.shift for part in parts.values()]},
+            {"params": [*(part.factor for part in parts.values()), *(norm.value for norm in norms.values())]},
+        ],
+        betas=_BETAS,
+    )
 
     def error(chosen: Sequence[int]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         hidden, target = pick(chosen)
@@ -80,27 +88,23 @@ def tune(
         return sum(float(error(chunk)[0]) * len(chunk) for chunk in chunks)
 
     total = int(steps)
-    best, kept, misses = held_back(), _snapshot(parts, norms), 0
+    best, kept = held_back(), _snapshot(parts, norms)
     for step in range(total):
-        remaining = 1 - step / total
         chosen = torch.randperm(training, generator=generator)[:windows].tolist()
         with torch.enable_grad():
             loss, leaves, gain = error(chosen)
             gradients = torch.autograd.grad(loss, [*leaves.values(), *gain.values()])
         for part, gradient in zip(parts.values(), gradients, strict=False):
-            part.move(gradient.float(), step_size * remaining)
+            part.take(gradient.float())
         for norm, gradient in zip(norms.values(), gradients[len(parts) :], strict=True):
             norm.value.grad = gradient.float()
-        adam.param_groups[0]["lr"] = _ADAM_STEP * remaining
+        for group, first in zip(adam.param_groups, (step_size, _SCALE_STEP), strict=True):
+            group["lr"] = first * (1 - step / total)
         adam.step()
-        if (step + 1) % max(1, total // _CHECKS) == 0:
+        if (step + 1) % max(1, total // _LOOKS) == 0:
             now = held_back()
             if now < best:
-                best, kept, misses = now, _snapshot(parts, norms), 0
-            else:
-                misses += 1
-                if misses == _PATIENCE:
-                    break
+                best, kept = now, _snapshot(parts, norms)
     return kept
 
 
@@ -115,11 +119,11 @@ class _Linear:
         codes = solved.codes.view(self._shape).float()
         wanted = start.weight.view(self._shape) / self._scale + self._zero
         self._position = codes + (wanted - codes).clamp_(-_INSIDE, _INSIDE)
-        self._shift = torch.zeros_like(self._position)
+        self.shift = torch.zeros_like(self._position)
         self.factor = torch.ones_like(self._scale)
 
     def _codes(self) -> Tensor:
-        return (self._position + self._shift).round_().clamp_(0, self._grid.top)
+        return (self._position + self.shift).round_().clamp_(0, self._grid.top)
 
     def _stored_scale(self) -> Tensor:
         return self._grid.round_scale(self._scale * self.factor)
@@ -128,14 +132,13 @@ class _Linear:
         """W̃ [rows, columns], exactly as it would be stored now."""
         return self._codes().sub_(self._zero).mul_(self._stored_scale()).flatten(1)
 
-    def move(self, gradient: Tensor, step: float) -> None:
-        """Moves V against the sign of its gradient, given that of W̃, and leaves a's for the optimiser."""
+    def take(self, gradient: Tensor) -> None:
+        """Leaves the gradients of V and a to the optimiser, given that of W̃."""
         gradient = gradient.view(self._shape)
         self.factor.grad = (gradient * (self._codes() - self._zero)).sum(-1, keepdim=True) * self._scale
-        place = self._position + self._shift
-        outside = (place < -0.5) | (place > self._grid.top + 0.5)  # clipped: moving V would change nothing
-        move = gradient.sign() * self._scale.sign()
-        self._shift.sub_(move.masked_fill_(outside, 0.0), alpha=step).clamp_(-1, 1)
+        place = self._position + self.shift
+        outside = (place < -0.5) | (place > self._grid.top + 0.5)  # clipped: moving V changes nothing
+        self.shift.grad = (gradient * self._scale).masked_fill_(outside, 0.0)
 
     def solved(self) -> Solved:
         """Codes and scales of the present point."""

@@ -153,12 +153,13 @@ def test_a_failed_append_can_be_repeated(path: Path, call: str, monkeypatch: pyt
         with monkeypatch.context() as patch:
             patch.setattr(os, call, failing)
             with pytest.raises(OutputError, match=r"journal.jsonl': No space left on device") as caught:
-                journal.append("b", {"long": "x" * 100})
+                journal.append("b", {"long": "x" * 1000})
         assert "free some space" in caught.value.hint
         assert list(journal.done) == ["a"]
         journal.append("c", {})
+        journal.append("d", {})
     with Journal(path, SPEC) as journal:
-        assert list(journal.done) == ["a", "c"]
+        assert list(journal.done) == ["a", "c", "d"]
 
 
 def test_append_is_durable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

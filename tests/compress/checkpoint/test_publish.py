@@ -711,6 +711,9 @@ def test_every_write_fails_in_turn(
             assert os.strerror(code) in message
         assert all(name in ("out", "out.partial", "out.replaced") for name in names(out.parent))
         check_never_incomplete(out, old)
+        partial = out.with_name("out.partial")
+        if not for_good and partial.exists():
+            assert {"journal.jsonl", "manifest.json"} & {*names(partial)}, "neither resumable nor gone"
         produce(out, source, force=force)
         assert contents(out) == expected
         assert names(out.parent) == ["out"]
@@ -762,6 +765,27 @@ def test_a_failed_replacement_is_undone_at_once(out: Path, source: Path, monkeyp
     assert names(out.parent) == ["out", "out.partial"]
 
 
+def test_a_failure_after_the_rename_leaves_the_next_run_alone(
+    out: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As soon as OUT is visible, OUT.partial may be another run's."""
+    partial, real = out.with_name("out.partial"), os.fsync
+
+    def fsync(fd: int) -> None:
+        if out.exists():
+            partial.mkdir()
+            (partial / "lock").write_text("llmpare pid 1\n")
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OutputError, match="Input/output error"):
+            produce(out, source)
+    assert names(partial) == ["lock"]
+    assert verify(out)
+
+
 def test_something_that_appears_during_the_run_is_not_replaced(out: Path, source: Path) -> None:
     with Workspace(out, force=False, restart=False) as workspace:
         manifest = build_manifest(workspace.partial, spec=SPEC, source={}, versions={}, tensors={})
@@ -784,7 +808,7 @@ def done(out: Path, source: Path) -> Path:
 @pytest.mark.parametrize("name", ["manifest.json", "config.json", "templates/chat [/x].jinja", "tokenizer.json"])
 def test_any_flipped_bit_is_found(done: Path, name: str) -> None:
     data = (done / name).read_bytes()
-    for at in range(len(data)):
+    for at in range(0, len(data), 1 + len(data) // 300):
         damaged = bytearray(data)
         damaged[at] ^= 1 << random.Random(at).randrange(8)
         (done / name).write_bytes(damaged)
@@ -866,6 +890,31 @@ def test_write_file_replaces_in_one_step(tmp_path: Path) -> None:
     assert n > 4
     assert path.read_bytes() == b"new"
     assert names(path.parent) == ["file"]
+
+
+def test_write_file_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    real = os.replace
+
+    def replace(old: Path, new: Path) -> None:
+        real(old, new)
+        events.append("replace")
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")))
+    write_file(tmp_path / "file", b"x")
+    assert events == [str(tmp_path / ".file.tmp"), "replace", str(tmp_path)]
+
+
+def test_write_file_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    for name in (".file.tmp", "link"):
+        (tmp_path / name).symlink_to("precious")
+    with pytest.raises(OutputError, match="file': Too many levels of symbolic links"):
+        write_file(tmp_path / "file", b"x")
+    write_file(tmp_path / "link", b"x")
+    assert (tmp_path / "link").read_bytes() == b"x"
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_copy_file(tmp_path: Path) -> None:

@@ -184,6 +184,20 @@ def test_mode_obeys_the_umask(tmp_path: Path, umask: int) -> None:
     assert modes == {0o666 & ~umask}
 
 
+def test_sync_reaches_what_was_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    shards = [str(tmp_path / f"model-{i:05d}-of-00003.safetensors") for i in (1, 2, 3)]
+    with CheckpointWriter(tmp_path, SPECS, max_shard_bytes=20) as writer:
+        for touched, names in ((shards, []), ([], []), (shards[1:2], ["layer.codes", "layer.odd"])):
+            for spec in SPECS:
+                if spec.name in names:
+                    writer.write(spec.name, content(spec))
+            synced.clear()
+            writer.sync()
+            assert synced == [*touched, str(tmp_path)]
+
+
 # --- resuming
 
 

@@ -18,10 +18,7 @@ from llmpare.compress.errors import InputError, UsageError
 PARTS = ("calibration", "evaluation")
 MAX_LINE = 16 * 2**20  # bytes of one row of a .jsonl file
 MAX_TEXT = 64 * 2**20  # bytes of a .txt file, which is tokenized in one piece
-ACCEPTED = (
-    '{"text"}, {"messages": [{"role", "content"}]}, {"conversations"}, '
-    '{"prompt", "completion"} or {"input_ids"}'
-)
+ACCEPTED = '{"text"}, {"messages": [{"role", "content"}]}, {"conversations"}, {"prompt", "completion"} or {"input_ids"}'
 
 _BOM = b"\xef\xbb\xbf"
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -70,9 +67,7 @@ def _all_rows(dataset: str, part: str) -> Iterator[Row]:
     path = Path(dataset)
     if os.path.isfile(dataset):
         if path.suffix.lower() not in readers:
-            raise UsageError(
-                f"{dataset}: a text file ends in {', '.join(readers)}", "convert it, or rename it"
-            )
+            raise UsageError(f"{dataset}: a text file ends in {', '.join(readers)}", "convert it, or rename it")
         return _read_local(readers[path.suffix.lower()](path), path)
     if path.suffix.lower() in readers or dataset.startswith(("/", "./", "../", "~")):
         problem = "is a folder" if path.is_dir() else "no such file"
@@ -85,9 +80,7 @@ def _all_rows(dataset: str, part: str) -> Iterator[Row]:
 def parse_row(row: object, place: str) -> Row:
     """The document in one row of a data set. Raises InputError for a shape that is not one of ACCEPTED."""
     if not isinstance(row, dict):
-        raise InputError(
-            f"{place}: a row must be an object, this one is {_kind(row)}", f"accepted: {ACCEPTED}"
-        )
+        raise InputError(f"{place}: a row must be an object, this one is {_kind(row)}", f"accepted: {ACCEPTED}")
     given = {key for key, value in row.items() if value is not None}
     if "input_ids" in given:
         return Row(place, input_ids=_token_ids(row["input_ids"], place))
@@ -122,11 +115,7 @@ def _messages(value: object, place: str) -> tuple[Message, ...]:
 
 def _token_ids(value: object, place: str) -> tuple[int, ...]:
     # bool is a kind of int to Python, and no token.
-    if (
-        not isinstance(value, list)
-        or not value
-        or any(type(token) is not int or token < 0 for token in value)
-    ):
+    if not isinstance(value, list) or not value or any(type(token) is not int or token < 0 for token in value):
         raise InputError(f"{place}: input_ids must be a list of token ids, whole numbers from 0")
     return tuple(value)
 

@@ -69,9 +69,7 @@ PRESETS = {
         field="text",
         streaming=False,
     ),
-    "ultrachat": HubSource(
-        "HuggingFaceH4/ultrachat_200k", None, Rows("train_sft"), Rows("test_sft"), field="messages"
-    ),
+    "ultrachat": HubSource("HuggingFaceH4/ultrachat_200k", None, Rows("train_sft"), Rows("test_sft"), field="messages"),
     "fineweb-edu": HubSource(
         "HuggingFaceFW/fineweb-edu",
         "sample-10BT",
@@ -117,18 +115,14 @@ def rows(dataset: str, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 row if source.field is None else {source.field: row[source.field]},
             )
     except (OSError, ValueError, RuntimeError, KeyError, hub.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"cannot load the data set {dataset!r}: {_first_line(error)}", BUNDLED_INSTEAD
-        ) from error
+        raise InputError(f"cannot load the data set {dataset!r}: {_first_line(error)}", BUNDLED_INSTEAD) from error
 
 
 def _suggestion(dataset: str) -> str:
     names = ["bundled", *PRESETS]
     close = difflib.get_close_matches(dataset.lower(), names, n=1, cutoff=0.5)
     meant = f"did you mean {close[0]!r}? " if close else ""
-    return (
-        f"{meant}--dataset takes {', '.join(names)}, a hub name org/name, or a .txt, .jsonl or .parquet file"
-    )
+    return f"{meant}--dataset takes {', '.join(names)}, a hub name org/name, or a .txt, .jsonl or .parquet file"
 
 
 def _hub_source(hub: ModuleType, dataset: str) -> HubSource:

@@ -124,9 +124,7 @@ def plan(
 
 
 @app.command()
-def inspect(
-    ctx: typer.Context, folder: flags.Folder, json: flags.Json = None, no_color: flags.NoColor = None
-) -> None:
+def inspect(ctx: typer.Context, folder: flags.Folder, json: flags.Json = None, no_color: flags.NoColor = None) -> None:
     """Show what a checkpoint holds: format, schemes, sizes, bits per weight."""
     from llmpare.compress import inspect as inspection
 

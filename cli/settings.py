@@ -25,9 +25,7 @@ ALIASES = {
     "wbits": "bits",
 }
 
-METHOD_OPTIONS = tuple(
-    sorted({option.replace("_", "-") for method in METHODS.values() for option in method.defaults})
-)
+METHOD_OPTIONS = tuple(sorted({option.replace("_", "-") for method in METHODS.values() for option in method.defaults}))
 
 PARSERS: Mapping[str, Callable[[object], Any]] = {
     "model": values.path,

@@ -121,9 +121,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     with _CorruptTokenizer(files[0], hint):
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def _check_json(file: Path, hint: str) -> None:
@@ -385,14 +383,10 @@ def _sandbox() -> "ImmutableSandboxedEnvironment":
         # Templates put the date into the system prompt; tomorrow the same command must give the same tokens.
         return date(2025, 1, 1).strftime(form)
 
-    def to_json(
-        value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False
-    ) -> str:
+    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
 
-    sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     sandbox.filters["tojson"] = to_json
     sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     sandbox.globals["namespace"] = PlainNamespace

@@ -69,12 +69,12 @@ class IntGrid:
     @property
     def top(self) -> int:
         """The largest code."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
         """The zero point of the symmetric grid."""
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
     def quantize(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Nearest codes. All three broadcast against each other."""
@@ -155,4 +155,5 @@ class IntGrid:
         miss = self.quantize(weight, scale, zero).sub_(zero).mul_(scale).sub_(weight)
         if root is not None:
             miss.mul_(root)
-        return torch.linalg.vector_norm(miss, dim=-1)
+        size: Tensor = torch.linalg.vector_norm(miss, dim=-1)
+        return size

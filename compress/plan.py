@@ -58,7 +58,9 @@ class Plan:
     @property
     def linear_bytes(self) -> int:
         """Bytes of the quantized linears in the output, all their tensors but biases counted."""
-        return sum(spec.nbytes for linear, scheme in self.quantized.items() for spec in self.format.specs(linear, scheme))
+        return sum(
+            spec.nbytes for linear, scheme in self.quantized.items() for spec in self.format.specs(linear, scheme)
+        )
 
     @property
     def linear_bits(self) -> float:
@@ -68,7 +70,9 @@ class Plan:
     def specs_of(self, index: int) -> dict[str, TensorSpec]:
         """The output tensors of one block, by name."""
         names = {name for name in self.layout.blocks[index]}
-        names |= {s.name for n in self.layout.of_block(index) if (c := self.schemes[n]) for s in self.format.specs(n, c)}
+        names |= {
+            s.name for n in self.layout.of_block(index) if (c := self.schemes[n]) for s in self.format.specs(n, c)
+        }
         return {spec.name: spec for spec in self.specs if spec.name in names}
 
     def to_json(self) -> dict[str, Any]:
@@ -91,7 +95,9 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan for people: tensors that differ only in the number of their block share a line."""
-        seen = Counter((re.sub(r"\.\d+\.", ".*.", name), str(shape), dtype, fate) for name, shape, dtype, fate in self._fates())
+        seen = Counter(
+            (re.sub(r"\.\d+\.", ".*.", name), str(shape), dtype, fate) for name, shape, dtype, fate in self._fates()
+        )
         width = max(len(key[0]) for key in seen)
         lines = [f"{self.layout.architecture}, {len(self.layout.blocks)} blocks, {self.parameters:,} parameters", ""]
         for (name, shape, dtype, fate), count in seen.items():
@@ -177,7 +183,9 @@ def check_room(plan: Plan, room: int) -> None:
 def _refuse_nested(model: Path, out: Path) -> None:
     source, target = model.resolve(), out.absolute().parent.resolve() / out.name
     if source == target or source in target.parents or target in source.parents:
-        raise UsageError(f"the output {out} and the model {model} lie inside each other", "choose another place with -o")
+        raise UsageError(
+            f"the output {out} and the model {model} lie inside each other", "choose another place with -o"
+        )
 
 
 def _refuse_custom_code(config: dict[str, Any], trusted: bool) -> None:
@@ -198,7 +206,9 @@ def _schemes(request: QuantizeRequest, found: Layout) -> tuple[dict[Linear, Sche
         if rule is not None:
             used.add(rule.pattern)
     everything = " ".join((*found.outside, "lm_head"))
-    idle = [rule.pattern for rule in request.rules if rule.pattern not in used and not re.search(rule.pattern, everything)]
+    idle = [
+        rule.pattern for rule in request.rules if rule.pattern not in used and not re.search(rule.pattern, everything)
+    ]
     _refuse_divided(schemes)
     _refuse_odd_groups(schemes)
     return schemes, [f"pattern {pattern!r} matches no linear" for pattern in idle]
@@ -226,7 +236,9 @@ def _refuse_odd_groups(schemes: dict[Linear, Scheme | None]) -> None:
         if scheme and scheme.group_size != PER_CHANNEL and linear.columns % scheme.group_size
     ]
     if odd:
-        fit = next((size for size in sorted(GROUP_SIZES, reverse=True) if all(c % size == 0 for c in sizes)), PER_CHANNEL)
+        fit = next(
+            (size for size in sorted(GROUP_SIZES, reverse=True) if all(c % size == 0 for c in sizes)), PER_CHANNEL
+        )
         more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
         raise InputError(
             f"the group size does not divide the columns of {', '.join(odd[:5])}{more}",

@@ -62,7 +62,9 @@ def parse_scheme(
     if name is not None:
         match = re.fullmatch(r"W([2348])A16(_ASYM)?", name.upper())
         if match is None:
-            raise UsageError(f"unknown scheme {name!r}", "--scheme takes W2A16, W3A16, W4A16 or W8A16, each also with _ASYM")
+            raise UsageError(
+                f"unknown scheme {name!r}", "--scheme takes W2A16, W3A16, W4A16 or W8A16, each also with _ASYM"
+            )
         scheme = Scheme(bits=int(match[1]), symmetric=match[2] is None)
         if bits not in (None, scheme.bits):
             raise UsageError(f"--bits {bits} contradicts --scheme {name}", "give one of the two")

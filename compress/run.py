@@ -75,7 +75,8 @@ def run_quantize(request: QuantizeRequest, progress: Progress) -> dict[str, Any]
             if manifest is None:
                 manifest = _produce(plan, source, texts, spec, workspace, device, clock, progress)
             workspace.publish(manifest)
-    return json.loads((request.out / REPORTS[0]).read_bytes())
+    report: dict[str, Any] = json.loads((request.out / REPORTS[0]).read_bytes())
+    return report
 
 
 def _produce(
@@ -335,7 +336,9 @@ def _device(name: str) -> torch.device:
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"unknown device {name!r}", "--device takes auto, cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: this torch sees no CUDA device", "use --device cpu, or a torch built for CUDA")
+        raise UsageError(
+            f"--device {name}: this torch sees no CUDA device", "use --device cpu, or a torch built for CUDA"
+        )
     return torch.device(name)
 
 

@@ -152,7 +152,7 @@ def parse_json(data: bytes | bytearray, path: Path, *, unique: bool = False) -> 
 
 def create(path: Path) -> int:
     """A new or emptied file to write; the mode is left to the umask, and a symbolic link is not followed."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
 
 
 def allocate(fd: int, size: int) -> None:

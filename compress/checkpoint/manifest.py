@@ -87,9 +87,7 @@ def verify(out: Path) -> dict[str, Any]:
         with reading(path):
             size = path.stat().st_size
         if size != record["bytes"]:
-            raise InputError(
-                f"{shown(path)} is damaged: expected {record['bytes']} bytes, it has {size}", _MAKE_AGAIN
-            )
+            raise InputError(f"{shown(path)} is damaged: expected {record['bytes']} bytes, it has {size}", _MAKE_AGAIN)
         if sha256_file(path) != record["sha256"]:
             where = _damaged_part(path, manifest["tensors"]) if name.endswith(".safetensors") else ""
             raise InputError(f"{shown(path)} is damaged{where}: its sha256 is not that of the manifest", _MAKE_AGAIN)

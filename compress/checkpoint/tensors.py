@@ -37,4 +37,4 @@ def from_info(data: bytearray, info: TensorInfo) -> Tensor:
 def to_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in the order safetensors stores them; a copy only when it is not contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")

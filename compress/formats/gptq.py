@@ -35,7 +35,8 @@ class Gptq:
         if len(used) > 1:
             both = ", ".join(sorted(scheme.name for scheme in used))
             raise InputError(
-                f"the gptq format stores one scheme per model, this run asks for {both}", "use --format compressed-tensors"
+                f"the gptq format stores one scheme per model, this run asks for {both}",
+                "use --format compressed-tensors",
             )
         odd = [
             f"{linear.name} [{linear.rows}, {linear.columns}]"
@@ -132,5 +133,7 @@ class Gptq:
         """Which servers read what."""
         scheme = next((scheme for scheme in schemes.values() if scheme is not None), None)
         if scheme is not None and (scheme.bits not in (4, 8) or not scheme.symmetric):
-            return (f"vLLM and SGLang load 4 and 8 bit symmetric GPTQ only; {scheme.name} needs GPTQModel or transformers",)
+            return (
+                f"vLLM and SGLang load 4 and 8 bit symmetric GPTQ only; {scheme.name} needs GPTQModel or transformers",
+            )
         return ()

@@ -13,7 +13,9 @@ from typing import Any
 from llmpare.compress.checkpoint.read import Checkpoint, TensorInfo
 from llmpare.compress.errors import InputError
 
-SUPPORTED = "Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3 (text), Phi-3, OPT, GPT-2, GPT-NeoX and decoders built like them"
+SUPPORTED = (
+    "Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3 (text), Phi-3, OPT, GPT-2, GPT-NeoX and decoders built like them"
+)
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -83,7 +85,9 @@ def layout(checkpoint: Checkpoint) -> Layout:
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise InputError("config.json names no architecture", 'it needs a line such as "architectures": ["LlamaForCausalLM"]')
+        raise InputError(
+            "config.json names no architecture", 'it needs a line such as "architectures": ["LlamaForCausalLM"]'
+        )
     name = names[0]
     if config.get("is_encoder_decoder"):
         raise _unsupported(name, "it is an encoder-decoder")
@@ -136,13 +140,16 @@ def _linears(checkpoint: Checkpoint, architecture: str, index: int, block: tuple
             )
         if len(info.shape) == 2 and name.endswith(".weight"):
             if info.dtype not in _FLOATS:
-                raise InputError(f"{name} is {info.dtype}; weights must be {', '.join(_FLOATS)}", "start from the original model")
+                raise InputError(
+                    f"{name} is {info.dtype}; weights must be {', '.join(_FLOATS)}", "start from the original model"
+                )
             found.append(info)
     transposed = _stored_transposed(checkpoint, found)
-    return [
-        Linear(info.name.removesuffix(".weight"), index, *(info.shape[::-1] if transposed else info.shape), info.dtype, transposed)
-        for info in found
-    ]
+    linears = []
+    for info in found:
+        columns, rows = info.shape if transposed else info.shape[::-1]
+        linears.append(Linear(info.name.removesuffix(".weight"), index, rows, columns, info.dtype, transposed))
+    return linears
 
 
 def _stored_transposed(checkpoint: Checkpoint, weights: list[TensorInfo]) -> bool:

@@ -68,7 +68,9 @@ class Replay:
         known = self._calls.setdefault(tuple(ids.shape), calls)
         if any(not _same(a.args, b.args) or not _same(a.kwargs, b.kwargs) for a, b in zip(known, calls, strict=True)):
             name = type(self._skeleton.model).__name__
-            raise InputError(f"architecture {name} is not supported: its blocks take arguments that depend on the tokens")
+            raise InputError(
+                f"architecture {name} is not supported: its blocks take arguments that depend on the tokens"
+            )
         return entered[0]
 
     def run(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -96,7 +98,8 @@ class Replay:
         model = self._skeleton.model
         positions = torch.arange(start, end, device=hidden.device)
         with self._replaced(lambda index, args, kwargs: hidden), _float32_head(model.get_output_embeddings()):
-            return model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits.float()
+            logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+        return logits.float()
 
     @torch.no_grad()
     def _learn(self) -> bool:
@@ -109,7 +112,9 @@ class Replay:
 
         handle = skeleton.blocks[0].register_forward_hook(look)
         try:
-            skeleton.model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=skeleton.device), use_cache=False)
+            skeleton.model.base_model(
+                input_ids=torch.zeros(1, 2, dtype=torch.long, device=skeleton.device), use_cache=False
+            )
         except _Stop:
             pass
         finally:
@@ -149,8 +154,11 @@ def _same(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def _float32_head(head: nn.Module) -> Iterator[None]:
+def _float32_head(head: nn.Module | None) -> Iterator[None]:
     """Within the context, the head multiplies in its own precision but accumulates and returns float32."""
+    if not isinstance(head, nn.Linear):
+        yield
+        return
 
     def forward(hidden: Tensor) -> Tensor:
         weight, flat = head.weight, hidden.reshape(-1, hidden.shape[-1])
@@ -163,10 +171,7 @@ def _float32_head(head: nn.Module) -> Iterator[None]:
         out = out.view(*hidden.shape[:-1], -1)
         return out if head.bias is None else out + head.bias
 
-    if not isinstance(head, nn.Linear):
-        yield
-        return
-    head.forward = forward
+    head.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -4,7 +4,8 @@ The only file that knows how transformers maps names on disk to parameters. It u
 no promise of stability; tests/compress/model/test_skeleton.py pins what they must do.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.errors import InputError
 from llmpare.compress.model.layout import SUPPORTED, Layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Skeleton:
@@ -21,13 +25,16 @@ class Skeleton:
     every tensor the model claims; tensors it does not claim (extra prediction heads) are absent.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, device: torch.device, *, trust: bool):
+    def __init__(
+        self, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, device: torch.device, *, trust: bool
+    ):
         self.dtype, self.device = dtype, device
         self.model = _build(checkpoint, layout.architecture, dtype, trust)
         self.names = _names(self.model, checkpoint)
         self.blocks = _find_blocks(self.model, len(layout.blocks), layout.architecture)
-        for buffer in self._stray_buffers():
-            buffer.data = buffer.data.to(device)
+        for buffer in self.model.buffers():
+            if not buffer.is_meta:
+                buffer.data = buffer.data.to(device)
         self._check_linears(layout)
 
     def place(self, tensors: Mapping[str, Tensor]) -> None:
@@ -84,9 +91,6 @@ class Skeleton:
         """The module of a linear, by its checkpoint name."""
         return self.model.get_submodule(self.names[f"{linear}.weight"].removesuffix(".weight"))
 
-    def _stray_buffers(self) -> Iterable[Tensor]:
-        return [buffer for buffer in self.model.buffers() if not buffer.is_meta]
-
     def _check_linears(self, layout: Layout) -> None:
         """What the headers look like must be what the model is; a wrong guess must not reach the maths."""
         for linear in layout.linears:
@@ -105,22 +109,23 @@ def _unsupported(architecture: str, why: str) -> InputError:
     return InputError(f"architecture {architecture} is not supported: {why}", f"supported: {SUPPORTED}")
 
 
-def _build(checkpoint: Checkpoint, architecture: str, dtype: torch.dtype, trust: bool) -> nn.Module:
+def _build(checkpoint: Checkpoint, architecture: str, dtype: torch.dtype, trust: bool) -> "PreTrainedModel":
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust, local_files_only=True)
         with init_empty_weights(include_buffers=False):  # rotary frequencies are computed here and in no file
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unsupported(architecture, f"transformers cannot build it from config.json ({error})") from error
     model.tie_weights()
     model.requires_grad_(False)
-    return model.eval()
+    model.eval()
+    return model
 
 
-def _names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def _names(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, str]:
     """Checkpoint name → parameter name, by transformers' own rules."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

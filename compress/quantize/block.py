@@ -157,9 +157,13 @@ class QuantizeBlocks:
             return calibration.pick(indices), dense.pick(indices)
 
         starts = {
-            name: Start(self._weight(linear, source), solved[name], self._grid(linear)) for name, linear in linears.items()
+            name: Start(self._weight(linear, source), solved[name], self._grid(linear))
+            for name, linear in linears.items()
         }
         windows = min(TUNING_WINDOWS, len(calibration.hidden[0]))
+        assert self._tuner is not None
+        tuned: dict[str, Solved]
+        gains: dict[str, Tensor]
         tuned, gains = self._tuner(
             forward, pick, calibration.windows, starts, norms,
             windows=windows, seed=self._plan.request.seed + index, **self._tuner_options,

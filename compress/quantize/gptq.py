@@ -50,8 +50,12 @@ def solve(
         )
     solved = Solved(codes.to(torch.uint8), scale, zero)
     if used != damping:
-        solved.notes.append({"cause": f"Gram matrix not positive definite at damping {damping:g}",
-                             "action": f"damping raised to {used:g}"})
+        solved.notes.append(
+            {
+                "cause": f"Gram matrix not positive definite at damping {damping:g}",
+                "action": f"damping raised to {used:g}",
+            }
+        )
     return solved
 
 

@@ -149,7 +149,7 @@ class Pass:
     def _block(
         self, index: int, tensors: dict[str, Tensor], replay: Replay, streams: Streams, treatment: Treatment
     ) -> tuple[dict[str, Any], bool]:
-        """Leaves the loaded block compressed and the dense streams past it. Returns its record, and if it was resumed."""
+        """Leaves the loaded block compressed and the dense streams past it. Returns its record and whether resumed."""
         with self._clock.phase("measure"):
             streams.dense.advance(replay, index)
             self._require_finite(streams.dense, index)

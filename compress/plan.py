@@ -69,7 +69,7 @@ class Plan:
 
     def specs_of(self, index: int) -> dict[str, TensorSpec]:
         """The output tensors of one block, by name."""
-        names = {name for name in self.layout.blocks[index]}
+        names = set(self.layout.blocks[index])
         names |= {
             s.name for n in self.layout.of_block(index) if (c := self.schemes[n]) for s in self.format.specs(n, c)
         }

@@ -50,7 +50,7 @@ def score(dense: Tensor, compressed: Tensor, targets: Tensor) -> Scores:
 
 
 def summarise(parts: Sequence[Scores], dtype: str) -> dict[str, Any]:
-    """The report's `fidelity` section for all windows together. dtype: precision of the forward passes, for the record."""
+    """The report's `fidelity` section for all windows together. dtype: precision of the forwards."""
     dense = torch.cat([part.dense_nll.double() for part in parts])  # [windows, positions]
     compressed = torch.cat([part.compressed_nll.double() for part in parts])
     kl = torch.cat([part.kl.double() for part in parts])

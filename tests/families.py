@@ -1,0 +1,175 @@
+"""Tiny random checkpoints of every supported family, written by transformers itself.
+
+Inputs of linears are multiples of 128, so every group size divides them; the vocabulary is the bundled tokenizer's.
+Nothing is left at its initial value: gains, biases, masks and position encodings all show in the logits.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from llmpare.compress import quantize
+from llmpare.compress.model.layout import Linear
+from llmpare.compress.request import QuantizeRequest, TextSpec
+
+TINY_LLAMA = Path(__file__).parents[1] / "examples" / "tiny-llama"
+VOCABULARY = 4096
+LENGTH = 64  # tokens per window
+SLIDING = 16  # shorter, so that sliding windows matter
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type of transformers. settings: of its configuration. blocks: where its models keep them."""
+
+    settings: Mapping[str, Any]
+    blocks: str = "model.layers"
+    dtype: torch.dtype = torch.bfloat16
+    tied: bool = False
+    sharded: bool = False
+
+
+_DECODER: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+_LLAMA: dict[str, Any] = {**_DECODER, "head_dim": 32}
+_LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": SLIDING}
+_GEMMA: dict[str, Any] = {**_LLAMA, **_LAYERS, "query_pre_attn_scalar": 32}
+FAMILIES: dict[str, Family] = {
+    "llama": Family({**_LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}}),
+    "mistral": Family({**_LLAMA, "sliding_window": SLIDING}, dtype=torch.float32, sharded=True),
+    "qwen2": Family({**_DECODER, **_LAYERS, "use_sliding_window": True}, tied=True),
+    "qwen3": Family(_LLAMA, dtype=torch.float16, sharded=True),
+    "gemma2": Family(_GEMMA, tied=True),
+    "gemma3_text": Family(_GEMMA, tied=True, sharded=True),
+    "phi3": Family({**_DECODER, "pad_token_id": 0, "sliding_window": SLIDING}, dtype=torch.float32),
+    "opt": Family(
+        {
+            "hidden_size": 128,
+            "word_embed_proj_dim": 128,
+            "ffn_dim": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+        },
+        "model.decoder.layers",
+        torch.float16,
+        tied=True,
+    ),
+    "gpt2": Family(
+        {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256},
+        "transformer.h",
+        torch.float32,
+        tied=True,
+    ),
+    "gpt_neox": Family(
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+        },
+        "gpt_neox.layers",
+        torch.float16,
+    ),
+}
+
+
+def write(
+    folder: Path,
+    family: str,
+    *,
+    dtype: torch.dtype | None = None,
+    tied: bool | None = None,
+    sharded: bool | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a random checkpoint with a tokenizer to `folder` and returns it; what is not given is the family's own."""
+    known = FAMILIES[family]
+    config = transformers.AutoConfig.for_model(
+        family,
+        **{
+            **known.settings,
+            "vocab_size": VOCABULARY,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "tie_word_embeddings": known.tied if tied is None else tied,
+            **(settings or {}),
+        },
+    )
+    model = random_model(config).to(known.dtype if dtype is None else dtype)
+    return save(model, folder, sharded=known.sharded if sharded is None else sharded)
+
+
+def random_model(config: transformers.PretrainedConfig) -> nn.Module:
+    """A causal language model whose parameters are all random, in float32."""
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(noise, alpha=0.2)
+    return model
+
+
+def save(model: nn.Module, folder: Path, *, sharded: bool = False) -> Path:
+    """Writes the model and the bundled tokenizer."""
+    model.save_pretrained(folder, max_shard_size="500KB" if sharded else "1GB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY_LLAMA / name, folder / name)
+    return folder
+
+
+def load(folder: Path, **options: Any) -> nn.Module:
+    """What any user of transformers would run."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options).eval()
+
+
+def request(model: Path, out: Path, **changes: Any) -> QuantizeRequest:
+    """A run that takes a second: few windows of the bundled text."""
+    values: dict[str, Any] = {
+        "model": str(model),
+        "out": out,
+        "options": quantize.resolve(changes.get("method", "gptq"), {}),
+        "calibration": TextSpec(nsamples=4, seqlen=LENGTH),
+        "evaluation": TextSpec(nsamples=2, seqlen=LENGTH),
+        "device": "cpu",
+        **changes,
+    }
+    return QuantizeRequest(**values)
+
+
+def tokens(windows: int = 2, length: int = LENGTH) -> Tensor:
+    """Random token ids [windows, length]."""
+    return torch.randint(VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def float32_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits [windows, tokens, vocabulary] with the product of the head in float32, whatever the model's precision."""
+    hidden, head = model.base_model(input_ids=ids, use_cache=False).last_hidden_state, model.get_output_embeddings()
+    logits = hidden.float() @ head.weight.float().t()
+    if head.bias is not None:
+        logits += head.bias.float()
+    cap = model.config.to_dict().get("final_logit_softcapping")
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def linear(rows: int = 128, columns: int = 256, *, dtype: str = "F32", transposed: bool = False) -> Linear:
+    """A linear as a plan knows it."""
+    return Linear("model.layers.0.mlp.up_proj", 0, rows, columns, dtype, transposed)

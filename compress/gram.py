@@ -44,13 +44,30 @@ class Gram:
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += aᵀ·b with products in the inputs' precision and sums in float32."""
-    if a.dtype == torch.float32:
-        total.addmm_(a.t(), b)
-    elif a.is_cuda:
+    """total += aᵀ·b, with exact products of half-precision inputs and sums in float32."""
+    if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(total, a.t(), b, out_dtype=torch.float32, out=total)
-    else:  # the CPU's half-precision product sums in float32 but returns half: one rounding per batch of tokens
-        total.add_(a.t() @ b)
+    elif a.dtype == torch.bfloat16:
+        with _bfloat16_products():
+            total.add_(a.float().t() @ b.float())
+    else:
+        total.addmm_(a.float().t(), b.float())
+
+
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Within the context the CPU multiplies float32 matrices as bfloat16 and sums in float32.
+
+    Nothing is lost when the numbers came from bfloat16. A product of bfloat16 tensors is as fast, but returns
+    bfloat16, and its rounding error can make a Gram matrix of few tokens indefinite.
+    """
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
 
 
 class SharedInputs:

@@ -92,10 +92,10 @@ class IntGrid:
         return Solved(codes.view(rows, columns), scale, zero)
 
     def round_scale(self, scale: Tensor) -> Tensor:
-        """The scales as they will be stored: in scale_dtype, never zero and never subnormal."""
-        tiny = torch.finfo(self.scale_dtype).tiny
-        stored = torch.where(scale.abs() < tiny, torch.full_like(scale, tiny), scale)
-        return stored.to(self.scale_dtype).to(scale.dtype)
+        """The scales as they will be stored: in scale_dtype, never zero, never subnormal and never infinite."""
+        limits = torch.finfo(self.scale_dtype)
+        stored = torch.where(scale.abs() < limits.tiny, torch.full_like(scale, limits.tiny), scale)
+        return stored.clamp_(limits.min, limits.max).to(self.scale_dtype).to(scale.dtype)
 
     def search(self, weight: Tensor, importance: Tensor | None, group_size: int) -> tuple[Tensor, Tensor]:
         """Scales and zero points of every group, minimising Σ importance_j · (w_j − q_j)².
@@ -124,7 +124,7 @@ class IntGrid:
         full = sign * torch.maximum(large / self.middle, small / max(self.middle - 1, 1))
         zero = torch.full_like(full, self.middle)
         best = torch.full_like(full, torch.inf)
-        chosen = self.round_scale(full)
+        chosen = self.round_scale(full)  # stays when no error is a number
         for signed in (full, -full):
             for shrink in torch.linspace(1.0, 0.4, 25).tolist():
                 scale = self.round_scale(signed * shrink)
@@ -138,7 +138,8 @@ class IntGrid:
         low, high = weight.aminmax(dim=-1)
         low, high = low.clamp(max=0), high.clamp(min=0)
         best = torch.full_like(low, torch.inf)
-        chosen, zero = torch.ones_like(low), torch.zeros_like(low)
+        chosen = self.round_scale((high - low) / self.top)  # stays when no error is a number
+        zero = (-low / chosen).round_().clamp_(0, self.top)
         for below in torch.linspace(1.0, 0.5, 6).tolist():
             for above in torch.linspace(1.0, 0.5, 6).tolist():
                 scale = self.round_scale((high * above - low * below) / self.top)

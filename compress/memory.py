@@ -38,14 +38,19 @@ def _meminfo() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _cgroup() -> int | None:
-    """Room under the control group's limit (version 2), which containers see at the root of the tree."""
+def _cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Room under the control group's limit (version 2), which containers see at the root of the tree.
+
+    Files held in the page cache count as used there, but make room when it is needed.
+    """
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        cached = int(stat["active_file"]) + int(stat["inactive_file"])
+        return None if limit == "max" else int(limit) - used + cached
+    except (OSError, ValueError, KeyError):
         return None
-    return None if limit == "max" else int(limit) - used
 
 
 def _address_space() -> int | None:

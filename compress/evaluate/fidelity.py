@@ -81,7 +81,7 @@ def summarise(parts: Sequence[Scores], dtype: str) -> dict[str, Any]:
 
 def _perplexity(nll: Tensor) -> float:
     mean = float(nll.mean())
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean > 700 else math.exp(mean)  # a float ends at exp(709); NaN stays NaN
 
 
 def _stderr(values: Tensor) -> float:

@@ -39,7 +39,7 @@ def solve(
         return solved
     damped = linalg.damp(gram, used)
     if correction and statistics.drift is not None:
-        weight = linalg.correct(weight, damped, statistics.drift, correction)
+        weight = linalg.correct(weight, factor[:, order.argsort()], statistics.drift, correction)
     weight = weight.masked_fill(linalg.dead_columns(gram), 0.0)
     scale, zero = grid.search(weight, gram.diagonal(), group_size)
     codes = propagate(weight, factor, order, scale, zero, grid, group_size)

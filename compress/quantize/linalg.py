@@ -51,13 +51,11 @@ def factorise(gram: Tensor, damping: float) -> tuple[Tensor | None, float]:
         damping = min(max(damping, 1e-4) * 10, MAX_DAMPING)
 
 
-def correct(weight: Tensor, damped: Tensor, drift: Tensor, strength: float) -> Tensor:
+def correct(weight: Tensor, root: Tensor, drift: Tensor, strength: float) -> Tensor:
     """W + strength · W·D·(H + λI)⁻¹: the weight that makes up for errors that its inputs already carry.
 
     With X the original model's input and X̃ the compressed model's, W·X ≈ W′·X̃ in the least-squares sense at
     strength 1; less than 1 trusts the calibration text less. Idea: GPTAQ, arXiv:2504.02692.
-    weight [rows, columns]; drift D = (X − X̃)ᵀX̃ / tokens.
+    weight [rows, columns]; drift D = (X − X̃)ᵀX̃ / tokens; root: any R with (H + λI)⁻¹ = Rᵀ·R.
     """
-    lower = torch.linalg.cholesky(damped)
-    shift = torch.cholesky_solve((weight @ drift).t(), lower).t()
-    return weight + strength * shift
+    return weight + strength * (weight @ drift @ root.t() @ root)

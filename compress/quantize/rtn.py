@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from llmpare.compress.grid import IntGrid, Solved, Statistics
+from llmpare.compress.quantize import linalg
 
 
 def solve(weight: Tensor, statistics: Statistics | None, grid: IntGrid, group_size: int) -> Solved:
@@ -10,6 +11,9 @@ def solve(weight: Tensor, statistics: Statistics | None, grid: IntGrid, group_si
 
     Without statistics every input counts the same. A dead column counts nothing in the choice of the scales.
     """
-    importance = None if statistics is None else statistics.gram.diagonal()
-    scale, zero = grid.search(weight, importance, group_size)
+    if statistics is None:
+        scale, zero = grid.search(weight, None, group_size)
+    else:
+        alive = weight.masked_fill(linalg.dead_columns(statistics.gram), 0.0)
+        scale, zero = grid.search(alive, statistics.gram.diagonal(), group_size)
     return grid.solved(weight, scale, zero)

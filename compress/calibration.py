@@ -115,22 +115,27 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     hint = "copy the tokenizer files of the original model into the folder"
     if not files:
         raise InputError(f"{folder}: no tokenizer in the model folder, expected tokenizer.json", hint)
-    for file in (*files, folder / "tokenizer_config.json"):
-        if file.suffix == ".json" and file.exists():
-            _check_json(file, hint)
+    for file in files:
+        if file.suffix == ".json":
+            _read_json(file, hint)
+    settings = folder / "tokenizer_config.json"
+    if settings.exists() and "auto_map" in _read_json(settings, hint) and not trust_remote_code:
+        # Not refused at once: transformers often has a class of its own for it.
+        hint = "this tokenizer runs code from the model folder: read that code, then add --trust-remote-code"
     from transformers import AutoTokenizer
 
     with _CorruptTokenizer(files[0], hint):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
-def _check_json(file: Path, hint: str) -> None:
+def _read_json(file: Path, hint: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is corrupt: {error}", hint) from error
     if not isinstance(content, dict):
         raise InputError(f"{file} is corrupt: not a JSON object", hint)
+    return content
 
 
 class _CorruptTokenizer:

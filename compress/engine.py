@@ -1,7 +1,7 @@
 """The loop everything is built on: block by block, two streams side by side.
 
-For each block: load → advance the dense stream → treat (collect, solve, pack) → write → journal → advance the
-compressed stream. One block is in memory at a time while the next is being read. The dense stream walks through the
+For each block: load → advance the dense stream → treat (collect, solve, continue, pack) → write → journal → advance
+the compressed stream. One block is in memory at a time while the next is being read. The dense stream walks through the
 original weights and the compressed one through the new, so the pass that compresses also measures what it cost.
 """
 
@@ -43,7 +43,10 @@ class Treatment(Protocol):
     def treat(
         self, index: int, source: Mapping[str, Tensor], calibration: Stream | None, dense: Stream | None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Compresses a loaded block in place; returns its new tensors by output name, and facts for the report."""
+        """Compresses a loaded block in place and takes calibration and dense past it.
+
+        Returns the block's new tensors by output name, and facts for the report.
+        """
         ...
 
     def restore(self, index: int, stored: Mapping[str, Tensor]) -> None:
@@ -79,6 +82,7 @@ class Pass:
     ) -> None:
         self._plan, self._source, self._writer, self._journal = plan, source, writer, journal
         self._skeleton, self._clock, self._progress = skeleton, clock, progress
+        self._quantized = {linear.weight for linear in plan.quantized}
         self.digests: dict[str, str] = {}
         self.records: list[dict[str, Any]] = []
         self._check_journal()
@@ -101,7 +105,6 @@ class Pass:
     def blocks(self, replay: Replay, streams: Streams, treatment: Treatment) -> None:
         """Takes every block in turn, and the streams past it."""
         names = self._plan.layout.blocks
-        last = max((i for i in range(len(names)) if _unit(i) not in self._journal.done), default=-1)
         with ThreadPoolExecutor(1, "prefetch") as reader:
             coming = reader.submit(self._read, names[0])
             for index in range(len(names)):
@@ -112,10 +115,6 @@ class Pass:
                 if index + 1 < len(names):
                     coming = reader.submit(self._read, names[index + 1])
                 record, resumed = self._block(index, tensors, replay, streams, treatment)
-                if streams.calibration is not None and index < last:
-                    with self._clock.phase("advance"):
-                        streams.calibration.advance(replay, index)
-                        self._require_finite(streams.calibration, index)
                 with self._clock.phase("measure"):
                     streams.compressed.advance(replay, index)
                     self._require_finite(streams.compressed, index)
@@ -160,11 +159,19 @@ class Pass:
                     streams.calibration_dense.advance(replay, index)
             with self._clock.phase("read"):
                 self._restore(index, treatment)
+            if streams.calibration is not None and index < self._last():
+                with self._clock.phase("advance"):
+                    streams.calibration.advance(replay, index)
             return done, True
         made, facts = treatment.treat(index, tensors, streams.calibration, streams.calibration_dense)
         with self._clock.phase("write"):
             stored = {name: made[name] if name in made else tensors[name] for name in self._plan.specs_of(index)}
             return self._write(_unit(index), stored, tensors, facts), False
+
+    def _last(self) -> int:
+        """The last block that is still to be done, -1 if there is none: past it, nobody looks at calibration text."""
+        blocks = range(len(self._plan.layout.blocks))
+        return max((index for index in blocks if _unit(index) not in self._journal.done), default=-1)
 
     def _restore(self, index: int, treatment: Treatment) -> None:
         """Loads the block from the output instead of the source."""
@@ -186,17 +193,23 @@ class Pass:
                 )
 
     def _read(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Tensors of the source by name, on the CPU. Raises InputError for NaN and infinities."""
+        """Tensors of the source by name, on the CPU. Raises InputError for NaN and infinities.
+
+        If they are allowed, those in linears to be quantized become 0, for the original model too.
+        """
         tensors = {name: from_info(self._source.read(name), self._source.tensors[name]) for name in names}
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not self._plan.request.allow_nonfinite:
-                # a finite sum has finite terms only; one that is not may have overflowed, so it is looked at closely
-                broken = 0 if tensor.sum().isfinite() else int((~tensor.isfinite()).sum())
-                if broken:
-                    raise BrokenWeights(
-                        f"{name} holds {broken} values that are NaN or infinite",
-                        "the checkpoint is damaged; --allow-nonfinite counts them as 0 in linears",
-                    )
+            # a finite sum has finite terms only; one that is not may have overflowed, so it is looked at closely
+            if not tensor.is_floating_point() or tensor.sum().isfinite():
+                continue
+            broken = int((~tensor.isfinite()).sum())
+            if broken and not self._plan.request.allow_nonfinite:
+                raise BrokenWeights(
+                    f"{name} holds {broken} values that are NaN or infinite",
+                    "the checkpoint is damaged; --allow-nonfinite counts them as 0 in linears",
+                )
+            if name in self._quantized:
+                tensor.nan_to_num_(0.0, 0.0, 0.0)
         return tensors
 
     def _write(

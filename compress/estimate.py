@@ -18,6 +18,7 @@ from llmpare.compress.model.layout import Layout, Linear, find
 from llmpare.compress.request import NO_TEXT, QuantizeRequest, Scheme
 
 PROCESS = 480 * 2**20  # an interpreter with torch and transformers imported
+SEQUENTIAL = 16 * 2**30  # bytes of activations that may wait inside a block for its linears to be solved
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # enough to keep the device busy, little enough to stay small
 _LOGIT_TOKENS = {"cpu": 512, "cuda": 4096}
 
@@ -34,7 +35,11 @@ def logit_tokens(device: str) -> int:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes by kind. stream_per_token: activations that every calibration token costs for the whole run."""
+    """Bytes by kind.
+
+    stream_per_token: activations that every calibration token costs for the whole run. waiting_per_token: those it
+    costs besides if all windows pass through a block together.
+    """
 
     process: int
     weights: int
@@ -43,20 +48,30 @@ class Needs:
     forward: int
     evaluation: int
     stream_per_token: int
+    waiting_per_token: int
     tokens: int
 
     @property
     def memory(self) -> int:
         """The peak, in bytes."""
-        fixed = self.process + self.weights + max(self.statistics + self.solving, self.forward)
-        return fixed + self.evaluation + self.stream_per_token * self.tokens
+        fixed = self.process + self.weights + max(self.statistics + self.solving, self.forward) + self.evaluation
+        return fixed + self._per_token * self.tokens
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the windows pass through a block together: one forward instead of two, if that is not too much."""
+        return 0 < self.waiting_per_token * self.tokens <= SEQUENTIAL
+
+    @property
+    def _per_token(self) -> int:
+        return self.stream_per_token + (self.waiting_per_token if self.sequential else 0)
 
     def largest_sample(self, room: int, seqlen: int) -> int:
         """The most windows of `seqlen` tokens with which `room` bytes are enough; 0 if none are."""
-        if not self.stream_per_token:
+        if not self.tokens:
             return 0
-        left = room - (self.memory - self.stream_per_token * self.tokens)
-        return max(0, left // (self.stream_per_token * seqlen))
+        left = room - (self.memory - self._per_token * self.tokens)
+        return max(0, left // (self._per_token * seqlen))
 
     def explain(self) -> str:
         """The parts, for people."""
@@ -64,7 +79,7 @@ class Needs:
             "process": self.process,
             "weights": self.weights,
             "solver": self.statistics + self.solving,
-            "activations": self.stream_per_token * self.tokens + self.evaluation,
+            "activations": self._per_token * self.tokens + self.evaluation,
         }
         return ", ".join(f"{name} {memory.show(size)}" for name, size in parts.items())
 
@@ -106,6 +121,7 @@ def needs(
         forward=batch * (3 * widths + 6 * hidden) * size + batch * seqlen * 4,
         evaluation=2 * watched * seqlen * hidden * size + 4 * logit_tokens("cpu") * vocabulary * 4,
         stream_per_token=hidden * size * (2 if dense_too else 1),
+        waiting_per_token=0 if dense_too else size * (columns + 2 * hidden),
         tokens=windows * seqlen,
     )
 

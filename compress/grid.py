@@ -28,6 +28,20 @@ class Statistics:
     drift: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The grid of single columns, for loops that round one column of all rows at a time.
+
+    For column number i in the loop's order: scale[i], inverse[i] = 1/scale, and the bounds low[i], high[i] of code
+    minus zero point, each [rows]. Columns of one group share their tensors.
+    """
+
+    scale: list[Tensor]
+    inverse: list[Tensor]
+    low: list[Tensor]
+    high: list[Tensor]
+
+
 @dataclass
 class Solved:
     """A quantized weight. codes [rows, columns] uint8; scale and zero [rows, groups] float32.
@@ -83,6 +97,16 @@ class IntGrid:
     def dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Weights of the codes."""
         return (codes - zero).mul_(scale)
+
+    def columns(self, order: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Columns:
+        """What a loop over the columns in `order` needs; scale, zero [rows, groups]. One synchronisation."""
+        groups = (order // group_size).tolist()
+
+        def spread(values: Tensor) -> list[Tensor]:
+            rows = values.t().contiguous().unbind(0)
+            return [rows[group] for group in groups]
+
+        return Columns(spread(scale), spread(1 / scale), spread(-zero), spread(self.top - zero))
 
     def solved(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Solved:
         """Nearest codes of a whole weight [rows, columns] under scales and zero points [rows, groups]."""

@@ -46,6 +46,11 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
+    def sequential(self) -> bool:
+        """Whether linears of a block are solved one after the other within a single forward: see collect."""
+        return self.needs.sequential
+
+    @property
     def format(self) -> formats.Format:
         """The output format."""
         return formats.find(self.request.format)

@@ -7,6 +7,7 @@ the report and the read-back before the output gets its name.
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from llmpare.compress.checkpoint.read import CONFIG, Checkpoint
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.checkpoint.write import CheckpointWriter
 from llmpare.compress.clock import Clock
-from llmpare.compress.engine import BrokenWeights, Pass, Streams
+from llmpare.compress.engine import OUTSIDE, BrokenWeights, Pass, Streams
 from llmpare.compress.errors import InputError, MemoryLimitError, UsageError
 from llmpare.compress.estimate import PROCESS, batch_tokens
 from llmpare.compress.evaluate import fidelity
@@ -62,6 +63,8 @@ def run_quantize(request: QuantizeRequest, progress: Progress) -> dict[str, Any]
     clock = Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None)
     with clock.phase("text"):
         texts = _texts(plan)
+    for warning in _warnings(plan, texts):
+        progress.warn(warning)
     with Checkpoint.open(plan.model) as source:
         spec = _spec(plan, source, texts)
         if publish.finished(request.out, spec):
@@ -96,13 +99,14 @@ def _produce(
         with CheckpointWriter(workspace.partial, plan.specs) as writer:
             try:
                 done = _compress(plan, source, texts, writer, journal, device, clock, progress)
-            except BrokenWeights:
-                workspace.journal.unlink()  # nothing that was begun with these weights is worth resuming
+            except InputError as error:
+                if isinstance(error, BrokenWeights) or not any(unit != OUTSIDE for unit in journal.done):
+                    workspace.journal.unlink()  # nothing that was begun is worth resuming
                 raise
             progress.phase("verifying")
             with clock.phase("verify"):
                 source.check_unchanged()
-        _write_files(plan, source, workspace.partial)
+        _write_files(plan, source, done.outside, workspace.partial)
         report = _report(plan, source, texts, done, device, clock)
         publish.write_file(workspace.partial / REPORTS[0], build.encode(report))
         publish.write_file(workspace.partial / REPORTS[1], markdown.render(report).encode())
@@ -123,6 +127,7 @@ class _Done:
     records: list[dict[str, Any]]
     digests: dict[str, str]
     fidelity: dict[str, Any]
+    outside: list[str]  # linear modules that belong to no block
 
 
 def _compress(
@@ -187,7 +192,8 @@ def _attempt(
     progress.phase("measuring")
     with clock.phase("measure"):
         scores = engine.scores(replay, streams)
-    return _Done(engine.records, engine.digests, fidelity.summarise(scores, str(DTYPES[plan.dtype])))
+    summary = fidelity.summarise(scores, str(DTYPES[plan.dtype]))
+    return _Done(engine.records, engine.digests, summary, skeleton.outside())
 
 
 def _texts(plan: Plan) -> Texts:
@@ -231,17 +237,17 @@ def _existing(plan: Plan, source: Checkpoint, texts: Texts) -> dict[str, Any]:
         )
     report: dict[str, Any] = json.loads((request.out / REPORTS[0]).read_bytes())
     report["gates"] = gates.evaluate(request.gates, report["fidelity"], report["size"])
-    report["passed"] = gates.verdict(
+    report["passed"] = gates.measurable(report["fidelity"]) and gates.verdict(
         report["gates"], strict=request.strict, fallbacks=report["fallbacks"], warnings=report["warnings"]
     )
     return report
 
 
-def _write_files(plan: Plan, source: Checkpoint, folder: Path) -> None:
-    """config.json and everything else of the source that is no weight."""
+def _write_files(plan: Plan, source: Checkpoint, outside: Sequence[str], folder: Path) -> None:
+    """config.json and everything else of the source that is no weight. outside: linears that belong to no block."""
     for name in source.files:
         publish.copy_file(source.folder / name, folder / name)
-    added = plan.format.config(plan.schemes, plan.request.scheme)
+    added = plan.format.config(plan.schemes, plan.request.scheme, outside)
     if added is None:
         publish.copy_file(source.folder / CONFIG, folder / CONFIG)
     else:
@@ -264,12 +270,13 @@ def _report(
         parameters_compressed=sum(linear.rows * linear.columns for linear in linears),
     )
     fallbacks = [note for record in done.records for note in record["fallbacks"]]
-    warnings = [*plan.warnings, *_text_warnings(texts)]
+    warnings = _warnings(plan, texts)
     checked = gates.evaluate(request.gates, done.fidelity, size)
+    held = gates.verdict(checked, strict=request.strict, fallbacks=fallbacks, warnings=warnings)
     return {
         "schema_version": build.SCHEMA_VERSION,
         "command": "quantize",
-        "passed": gates.verdict(checked, strict=request.strict, fallbacks=fallbacks, warnings=warnings),
+        "passed": held and gates.measurable(done.fidelity),
         "request": {**request.spec(), "model": request.model, "out": str(request.out)},
         "source": {
             "model": request.model,
@@ -308,8 +315,8 @@ def _report(
     }
 
 
-def _text_warnings(texts: Texts) -> list[str]:
-    found = []
+def _warnings(plan: Plan, texts: Texts) -> list[str]:
+    found = [*plan.warnings]
     if texts.calibration is not None and texts.calibration.source["short"]:
         windows, length = texts.calibration.ids.shape
         found.append(f"the calibration text gives only {windows} windows of {length} tokens")

@@ -1,11 +1,11 @@
 """Tiny random checkpoints of every supported family, written by transformers itself.
 
-Inputs of linears are multiples of 128, so every group size divides them; the vocabulary is the bundled tokenizer's.
+Linears have 128 inputs or a multiple, so every group size divides them; the vocabulary is the bundled tokenizer's.
 Nothing is left at its initial value: gains, biases, masks and position encodings all show in the logits.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from llmpare.compress import quantize
-from llmpare.compress.model.layout import Linear
-from llmpare.compress.request import QuantizeRequest, TextSpec
+from llmpare.compress import calibration, quantize
+from llmpare.compress.checkpoint.read import Checkpoint
+from llmpare.compress.checkpoint.tensors import DTYPES, from_info
+from llmpare.compress.formats import Format
+from llmpare.compress.grid import Solved
+from llmpare.compress.model.layout import Linear, layout
+from llmpare.compress.model.skeleton import Skeleton
+from llmpare.compress.request import QuantizeRequest, Scheme, TextSpec
 
 TINY_LLAMA = Path(__file__).parents[1] / "examples" / "tiny-llama"
 VOCABULARY = 4096
@@ -84,6 +89,8 @@ FAMILIES: dict[str, Family] = {
         "gpt_neox.layers",
         torch.float16,
     ),
+    # Not promised by name: its blocks return tuples, its head has a bias, and it has position encodings in no file.
+    "gptj": Family({"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 16}, "transformer.h"),
 }
 
 
@@ -170,6 +177,53 @@ def float32_logits(model: nn.Module, ids: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def linear(rows: int = 128, columns: int = 256, *, dtype: str = "F32", transposed: bool = False) -> Linear:
-    """A linear as a plan knows it."""
-    return Linear("model.layers.0.mlp.up_proj", 0, rows, columns, dtype, transposed)
+def read(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, by name."""
+    return {name: from_info(checkpoint.read(name), checkpoint.tensors[name]) for name in names}
+
+
+def skeleton(checkpoint: Checkpoint) -> Skeleton:
+    """The checkpoint's model in its own precision, with everything in place that is not in a block."""
+    found = layout(checkpoint)
+    dtype = DTYPES[found.linears[0].dtype]
+    made = Skeleton(checkpoint, found, dtype, torch.device("cpu"), trust=False)
+    made.place_outside(read(checkpoint, found.outside))
+    return made
+
+
+def solved(linear: Linear, scheme: Scheme, form: Format) -> Solved:
+    """Random codes, with every one of them in use, and random scales as the format holds them."""
+    generator = torch.Generator().manual_seed(linear.rows + scheme.bits)
+    shape = (linear.rows, scheme.groups(linear.columns))
+    codes = torch.randint(2**scheme.bits, (linear.rows, linear.columns), generator=generator).to(torch.uint8)
+    scale = torch.randn(shape, generator=generator).to(DTYPES[form.scale_dtype(linear)]).float()
+    if scheme.symmetric:
+        return Solved(codes, scale, torch.full(shape, 2.0 ** (scheme.bits - 1)))
+    return Solved(codes, scale, torch.randint(2**scheme.bits, shape, generator=generator).float())
+
+
+def measured(dense: nn.Module, compressed: nn.Module, model: Path) -> dict[str, float]:
+    """What a report of `request` should say of two models, worked out afresh on the same text."""
+    tokenizer = calibration.load_tokenizer(model)
+    spec = request(model, model).evaluation
+    windows = calibration.load(spec, tokenizer, vocab_size=VOCABULARY, part="evaluation", max_length=LENGTH)
+    ids = torch.from_numpy(windows.ids)
+    before, after = (float32_logits(each, ids)[:, :-1].double().log_softmax(-1) for each in (dense, compressed))
+    nll = [nn.functional.nll_loss(each.flatten(0, 1), ids[:, 1:].flatten()) for each in (before, after)]
+    return {
+        "dense": float(nll[0].exp()),
+        "compressed": float(nll[1].exp()),
+        "kl": float((before.exp() * (before - after)).sum(-1).mean()),
+        "top1": float((before.argmax(-1) == after.argmax(-1)).double().mean()),
+    }
+
+
+def reported(fidelity: Mapping[str, Any]) -> dict[str, float]:
+    """The same figures of a report's `fidelity`."""
+    perplexity = fidelity["perplexity"]
+    return {
+        "dense": perplexity["dense"],
+        "compressed": perplexity["compressed"],
+        "kl": fidelity["kl"]["mean"],
+        "top1": fidelity["agreement"]["top1"],
+    }

@@ -1,24 +1,35 @@
-"""Checkpoints small enough to be compressed in a fraction of a second, and the command lines that do it."""
+"""Models that are compressed in a fraction of a second, and processes to do it in that start in no time."""
 
+import itertools
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NoReturn, Self
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llmpare import calibration_data
+from llmpare.cli.exits import main
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-llama"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 HIDDEN, INNER, HEADS, VOCABULARY = 64, 128, 2, 4096
+WINDOW = 32  # tokens
+REPORTS = ("report.json", "report.md")  # hold clocks
 
 Change = Callable[[Tensor], Tensor]
+Text = tuple[Path, Path]
 
 
-def config(*, blocks: int = 2, tied: bool = False) -> dict[str, object]:
+def config(*, blocks: int = 2, tied: bool = False, **more: object) -> dict[str, object]:
     """config.json of the model below."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -37,60 +48,218 @@ def config(*, blocks: int = 2, tied: bool = False) -> dict[str, object]:
         "tie_word_embeddings": tied,
         "bos_token_id": 0,
         "eos_token_id": 1,
+        **more,
     }
 
 
 def tensors(*, blocks: int = 2, tied: bool = False) -> dict[str, Tensor]:
-    """Random weights, the same ones every time."""
-    generator = torch.Generator().manual_seed(0)
-    kv = HIDDEN // HEADS
-    shapes = {"model.embed_tokens": (VOCABULARY, HIDDEN), "model.norm": (HIDDEN,)}
+    """Random weights in float32, the same ones every time."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (VOCABULARY, HIDDEN), "model.norm": (HIDDEN,)}
     if not tied:
         shapes["lm_head"] = (VOCABULARY, HIDDEN)
     for index in range(blocks):
         block = f"model.layers.{index}"
         shapes[f"{block}.input_layernorm"] = shapes[f"{block}.post_attention_layernorm"] = (HIDDEN,)
-        for name, rows in (("q", HIDDEN), ("k", kv), ("v", kv), ("o", HIDDEN)):
+        for name, rows in (("q", HIDDEN), ("k", HIDDEN // HEADS), ("v", HIDDEN // HEADS), ("o", HIDDEN)):
             shapes[f"{block}.self_attn.{name}_proj"] = (rows, HIDDEN)
         for name in ("gate", "up"):
             shapes[f"{block}.mlp.{name}_proj"] = (INNER, HIDDEN)
         shapes[f"{block}.mlp.down_proj"] = (HIDDEN, INNER)
-    return {
-        f"{name}.weight": torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        if len(shape) == 2
-        else 1 + 0.1 * torch.randn(shape, generator=generator)
-        for name, shape in sorted(shapes.items())
-    }
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {n: 1 + 0.1 * w if w.ndim == 1 else w * w.shape[1] ** -0.5 for n, w in weights.items()}
 
 
-def llama(folder: Path, *, blocks: int = 2, tied: bool = False, changes: Mapping[str, Change] | None = None) -> Path:
-    """A random Llama with the tokenizer of examples/tiny-llama. changes: what to do to tensors, by name."""
+def llama(folder: Path, *, changes: Mapping[str, Change] | None = None, blocks: int = 2, tied: bool = False) -> Path:
+    """A random Llama with the tokenizer of examples/tiny-llama. changes: what happens to its tensors, by name."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config(blocks=blocks, tied=tied), indent=1))
-    for name in TOKENIZER:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(EXAMPLE / name, folder / name)
     weights = tensors(blocks=blocks, tied=tied)
     for name, change in (changes or {}).items():
-        weights[name] = change(weights[name].clone())
+        weights[name] = change(weights[name])
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def texts(folder: Path) -> tuple[Path, Path]:
-    """A little calibration and evaluation text, which share nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
+def texts(folder: Path) -> Text:
+    """A little text to calibrate on and a little to measure with, about 1,200 tokens each, which share nothing."""
     found = []
-    for part in calibration_data.PARTS:
+    for part in ("calibration", "evaluation"):
         path = folder / f"{part}.txt"
-        rows = calibration_data.rows("bundled", part)
-        path.write_text("\n\n".join((next(rows).text or "")[:3000] for _ in range(2)), encoding="utf-8")
+        rows = itertools.islice(calibration_data.rows("bundled", part), 2)
+        path.write_text("\n\n".join((row.text or "")[:3000] for row in rows), encoding="utf-8")
         found.append(path)
     return found[0], found[1]
 
 
-def quantize(model: Path | str, out: Path | str, text: tuple[Path, Path], *more: str) -> list[str]:
+def quantize(model: Path | str, out: Path | str, text: Text, *more: str) -> list[str]:
     """The command line of a short run; what is in `more` wins."""
     return [
         "quantize", str(model), "-o", str(out), "--dataset", str(text[0]), "--eval-dataset", str(text[1]),
-        "--nsamples", "4", "--eval-nsamples", "2", "--seqlen", "32", "--group-size", "32", "--device", "cpu", *more,
+        "--nsamples", "4", "--eval-nsamples", "2", "--seqlen", str(WINDOW), "--group-size", "32", "--device", "cpu",
+        *more,
     ]  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the reports."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in REPORTS
+    }
+
+
+def names(folder: Path) -> list[str]:
+    """What a folder holds, sorted."""
+    return sorted(os.listdir(folder))
+
+
+# --- what reaches the disk
+
+DURABLE = ("open", "mkdir", "pwrite", "posix_fallocate", "ftruncate", "fsync", "rename", "replace", "unlink", "rmdir")
+
+
+def watched(name: str, real: Callable[..., Any], before: Callable[[str, tuple[Any, ...]], None]) -> Callable[..., Any]:
+    """The function of `os` called `name`, with a call of before(name, arguments) if it is about to change the disk."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if name != "open" or arguments[1] & (os.O_WRONLY | os.O_RDWR):
+            before(name, arguments)
+        return real(*arguments, **options)
+
+    return call
+
+
+# --- processes
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit code, or minus the signal that ended it, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+    pid: int = 0
+
+
+class Zygote:
+    """A process that has everything imported and forks a child per command, which takes milliseconds, not seconds.
+
+    A process of its own, since one that has trained anything cannot be forked: torch's autograd would refuse.
+    """
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+        )
+
+    def run(
+        self, arguments: Sequence[str], *, signum: int = 0, at: int = 0, torn: bool = False, stdout: str = ""
+    ) -> Ended:
+        """`llmpare ARGUMENTS`, to its end or, if the signal is SIGSTOP, until `resume`.
+
+        signum: a signal that it gets before its durable operation number `at`, from 1; torn: when half of it is done,
+        if it is a write. stdout: a file to print to; '|' is a pipe whose reader has gone.
+        """
+        return self._ask(arguments=list(arguments), signum=signum, at=at, torn=torn, stdout=stdout)
+
+    def resume(self) -> Ended:
+        """Lets the run that was stopped go on to its end."""
+        return self._ask()
+
+    def _ask(self, **request: object) -> Ended:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return Ended(**json.loads(self._process.stdout.readline()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.communicate()
+
+
+def _serve() -> None:
+    """The zygote: a request per line of stdin, an Ended per line of stdout."""
+    with tempfile.TemporaryDirectory() as place:
+        _warm_up(Path(place))
+        stopped = 0
+        for line in sys.stdin:
+            request = json.loads(line)
+            if request:
+                pid = os.fork()
+                if pid == 0:
+                    _child(Path(place), **request)
+            else:
+                pid = stopped
+                os.kill(pid, signal.SIGCONT)
+            _, status = os.waitpid(pid, os.WUNTRACED)
+            stopped = pid if os.WIFSTOPPED(status) else 0
+            code = -signal.SIGSTOP if stopped else os.waitstatus_to_exitcode(status)
+            printed = [(Path(place) / name).read_text(encoding="utf-8") for name in ("out", "err")]
+            print(json.dumps(asdict(Ended(code, *printed, pid))), flush=True)
+
+
+def _warm_up(place: Path) -> None:
+    """Imports what is imported on the way, by a run that trains nothing and leaves no thread behind."""
+    (place / "out").mkdir()
+    stdout = sys.stdout
+    sys.stdout = sys.stderr
+    command = quantize(llama(place / "model"), place / "out" / "w4", texts(place), "--method", "rtn", "--quiet")
+    assert main(command) == 0
+    sys.stdout = stdout
+    shutil.rmtree(place / "out")
+
+
+def _child(place: Path, arguments: list[str], signum: int, at: int, torn: bool, stdout: str) -> NoReturn:
+    status = 255
+    try:
+        _print_to(1, stdout or str(place / "out"))
+        _print_to(2, str(place / "err"))
+        sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8") for fd in (1, 2))
+        _interrupt(signum, at, torn)
+        status = main(arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def _print_to(fd: int, name: str) -> None:
+    if name == "|":
+        reader, target = os.pipe()
+        os.close(reader)
+    else:
+        target = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(target, fd)
+    os.close(target)
+
+
+def _interrupt(signum: int, at: int, torn: bool) -> None:
+    """Sends this process a signal at its durable operation number `at`. The disk is left to the kernel's cache:
+    a process that dies loses nothing of what is there, and waiting for the disk is what takes the time.
+    """
+    left = itertools.count(at - 1, -1)
+    pwrite = os.pwrite
+
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        if next(left) == 0:
+            if torn and name == "pwrite":
+                fd, data, offset = arguments
+                pwrite(fd, bytes(data)[: len(data) // 2], offset)
+            os.kill(os.getpid(), signum)
+
+    os.fsync = lambda fd: None
+    for name in DURABLE:
+        setattr(os, name, watched(name, vars(os)[name], before))
+
+
+if __name__ == "__main__":
+    _serve()

@@ -45,8 +45,13 @@ class Format(Protocol):
         """The weight [rows, columns] in float32 as a loader computes it."""
         ...
 
-    def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme) -> dict[str, Any] | None:
-        """The quantization_config for config.json; None when an ordinary config describes the output."""
+    def config(
+        self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str]
+    ) -> dict[str, Any] | None:
+        """The quantization_config for config.json; None when an ordinary config describes the output.
+
+        outside: names of the linear modules that belong to no block, such as the head; they are dense.
+        """
         ...
 
     def aliases(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ dtype, weight_shape int64 [2], and with a zero point weight_zero_point int32 [âŒ
 the rows. Codes are stored as unsigned numbers.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmpare.compress.checkpoint.write import TensorSpec
@@ -80,23 +81,23 @@ class CompressedTensors:
             zero = unpack(packed, scheme.bits, linear.rows).t().float()
         return Solved(codes, scale, zero).weight()
 
-    def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme) -> dict[str, Any]:
-        """Groups of one scheme each: the exceptions by name first, the base scheme for every other Linear."""
-        names: dict[Scheme, list[str]] = {}
+    def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str]) -> dict[str, Any]:
+        """Groups of one scheme each: every Linear if there is only one, else by name.
+
+        Beside names, "Linear" would not be what is left over: vLLM takes it first for the matrices that it fuses.
+        """
+        linears: dict[Scheme | None, list[Linear]] = {}
         for linear, scheme in schemes.items():
-            if scheme is not None:
-                names.setdefault(scheme, []).append(linear.name)
-        exceptions = [scheme for scheme in names if scheme != base]
-        groups = {f"group_{i}": _group(scheme, names[scheme]) for i, scheme in enumerate(exceptions)}
-        if base in names:
-            groups[f"group_{len(groups)}"] = _group(base, ["Linear"])
-        dense = [linear.name for linear, scheme in schemes.items() if scheme is None]
+            linears.setdefault(scheme, []).append(linear)
+        dense = _patterns(linears.pop(None, []))
+        used = {scheme: group for scheme, group in linears.items() if scheme is not None}
+        targets = {scheme: _patterns(group) if len(used) > 1 else ["Linear"] for scheme, group in used.items()}
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "ignore": ["lm_head", *dense],
-            "config_groups": groups,
+            "ignore": [*outside, *dense],
+            "config_groups": {f"group_{i}": _group(*group) for i, group in enumerate(targets.items())},
         }
 
     def aliases(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,6 +120,21 @@ class CompressedTensors:
 
 def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
+
+
+def _patterns(linears: Iterable[Linear]) -> list[str]:
+    """Regular expressions for the modules of these linears, one for all blocks.
+
+    They leave open what comes before: a checkpoint saved from a bare decoder lacks the prefix its modules have.
+    """
+    blocks: dict[tuple[str, str], list[str]] = {}
+    for linear in linears:
+        before, _, after = f".{linear.name}".partition(f".{linear.block}.")
+        blocks.setdefault((before[1:], after), []).append(str(linear.block))
+    return [
+        rf"re:(.*\.)?{re.escape(before)}\.({'|'.join(numbers)})\.{re.escape(after)}$"
+        for (before, after), numbers in blocks.items()
+    ]
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Dense:
         weight = tensors[linear.weight].float()
         return weight.t().contiguous() if linear.transposed else weight
 
-    def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme) -> None:
+    def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str]) -> None:
         """The model's own config describes it."""
         return
 

@@ -87,7 +87,7 @@ class Gptq:
         index = tensors[f"{linear.name}.g_idx"].long()
         return (codes.float() - zero[:, index]) * scale[:, index]
 
-    def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme) -> dict[str, Any]:
+    def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str]) -> dict[str, Any]:
         """One scheme, and two ways of naming what stays dense, since no key is understood by every loader."""
         scheme = next((scheme for scheme in schemes.values() if scheme is not None), base)
         config: dict[str, Any] = {
@@ -126,7 +126,7 @@ class Gptq:
 
     def files(self, schemes: Mapping[Linear, Scheme | None], base: Scheme) -> dict[str, bytes]:
         """auto-gptq looks for its settings in a file of their own."""
-        text = json.dumps(self.config(schemes, base), indent=2, sort_keys=True)
+        text = json.dumps(self.config(schemes, base, ()), indent=2, sort_keys=True)
         return {"quantize_config.json": text.encode() + b"\n"}
 
     def notes(self, schemes: Mapping[Linear, Scheme | None]) -> Sequence[str]:

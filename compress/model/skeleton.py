@@ -54,7 +54,8 @@ class Skeleton:
     def place_outside(self, tensors: Mapping[str, Tensor]) -> None:
         """The same for all that is not a block; ties the head to the embeddings and checks that nothing is missing."""
         self.place(tensors)
-        self.model.tie_weights()
+        absent = {n for n, p in self.model.named_parameters(remove_duplicate=False) if p.is_meta}
+        self.model.tie_weights(missing_keys=absent, recompute_mapping=False)  # as loaders do: not if both differ
         inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         missing = [n for n, p in self.model.named_parameters() if p.is_meta and id(p) not in inside]
         if missing:
@@ -86,6 +87,11 @@ class Skeleton:
             for name in self.inside(index)
             if name.endswith(".weight") and self.module(name.removesuffix(".weight")).weight.ndim == 1
         ]
+
+    def outside(self) -> list[str]:
+        """Names of the linear modules that belong to no block: the head, and projections around the embeddings."""
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        return [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and id(m) not in inside]
 
     def module(self, linear: str) -> nn.Module:
         """The module of a linear, by its checkpoint name."""

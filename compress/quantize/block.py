@@ -1,16 +1,15 @@
 """Quantizes one block: statistics of its inputs → a method's codes → the tensors of a format."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmpare.compress import quantize
+from llmpare.compress import collect, quantize
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
-from llmpare.compress.gram import Gram, SharedInputs
 from llmpare.compress.grid import IntGrid, Solved, Statistics
 from llmpare.compress.model.layout import Linear
 from llmpare.compress.model.replay import Replay
@@ -35,8 +34,8 @@ class QuantizeBlocks:
         self._solver_options = {name: options[name] for name in self._method.options}
         self._tuner = _load(self._method.tuner) if self._method.tuner else None
         self._tuner_options = {name: options[name] for name in self._method.tuner_options}
-        self.wants_drift = bool(self._solver_options.get("correction"))
-        self.wants_dense = self.wants_drift or self._tuner is not None
+        self._wants_drift = bool(self._solver_options.get("correction"))
+        self.wants_dense = self._wants_drift or self._tuner is not None
 
     def treat(
         self, index: int, source: Mapping[str, Tensor], calibration: Stream | None, dense: Stream | None
@@ -44,28 +43,34 @@ class QuantizeBlocks:
         """Quantizes block `index`, which is loaded with its original weights, and leaves it compressed.
 
         source: its tensors as they are on disk. calibration: the stream of the model compressed so far, or None for
-        a method that looks at no text. dense: the original model's stream, when `wants_dense`; it is advanced past
-        the block. Returns the tensors that replace the linears' weights, and facts for the report.
+        a method that looks at no text. dense: the original model's stream, when `wants_dense`. Both are advanced
+        past the block, as far as there is one after it. Returns the tensors that replace the linears' weights, and
+        facts for the report.
         """
         linears = {n.name: n for n in self._plan.layout.of_block(index) if self._plan.schemes[n] is not None}
-        with self._clock.phase("calibrate"):
-            groups = self._collect(index, linears, calibration, dense)
         solved: dict[str, Solved] = {}
         errors: dict[str, float] = {}
-        with self._clock.phase("solve"):
-            for names, statistics in groups:
+        groups = self._groups(index, linears, calibration, dense)
+        while (found := self._next(groups)) is not None:
+            names, statistics = found
+            with self._clock.phase("solve"):
                 for stack in self._stacks([linears[name] for name in names]):
                     weights = [self._weight(linear, source) for linear in stack]
                     self._solve(stack, weights, statistics, solved, errors)
+                for name in names:
+                    self._put(linears[name], solved[name].weight())
         gains: dict[str, Tensor] = {}
         if self._tuner is not None and calibration is not None and dense is not None:
             with self._clock.phase("tune"):
                 gains = self._tune(index, linears, source, solved, calibration, dense)
+            for name, linear in linears.items():
+                self._put(linear, solved[name].weight())
             self._skeleton.place(gains)
+        if calibration is not None and not self._plan.sequential and index + 1 < len(self._plan.layout.blocks):
+            with self._clock.phase("advance"):
+                calibration.advance(self._replay, index)
         with self._clock.phase("pack"):
             tensors = self._encode(linears, solved)
-        for name, linear in linears.items():
-            self._put(linear, solved[name].weight())
         return {**tensors, **gains}, self._facts(linears, solved, errors)
 
     def restore(self, index: int, stored: Mapping[str, Tensor]) -> None:
@@ -82,32 +87,22 @@ class QuantizeBlocks:
         weight = weight.t().contiguous() if linear.transposed else weight
         self._skeleton.place({linear.weight: weight})
 
-    def _collect(
+    def _groups(
         self, index: int, linears: Mapping[str, Linear], calibration: Stream | None, dense: Stream | None
-    ) -> list[tuple[list[str], Statistics | None]]:
+    ) -> Iterator[tuple[list[str], Statistics | None]]:
         """Linears by shared input, in order of use, with the statistics of that input."""
         if calibration is None:
-            return [([name], None) for name in linears]
+            return iter([([name], None) for name in linears])
         modules = {name: self._skeleton.module(name) for name in linears}
-        shared = SharedInputs()
-        grams: dict[int, Gram] = {}
-        for batch in range(len(calibration)):
-            original: dict[int, Tensor] = {}
+        if self._plan.sequential:
+            return collect.sequential(self._replay, index, modules, calibration)
+        return collect.parallel(self._replay, index, modules, calibration, dense, with_drift=self._wants_drift)
 
-            def accumulate(group: int, x: Tensor, original: dict[int, Tensor] = original) -> None:
-                gram = grams.setdefault(group, Gram(x.shape[-1], x.device, with_drift=self.wants_drift))
-                gram.add(x, original.get(group))
-
-            same = dense is not None and dense.hidden[batch] is calibration.hidden[batch]
-            if dense is not None and not same:
-                keep = original.__setitem__ if self.wants_drift else None
-                with shared.watch(modules, keep):
-                    dense.hidden[batch] = self._replay.run(index, dense.hidden[batch])
-            with shared.watch(modules, accumulate):
-                out = self._replay.run(index, calibration.hidden[batch])
-            if dense is not None and same:
-                dense.hidden[batch] = out
-        return [(names, grams[group].statistics()) for group, names in enumerate(shared.groups)]
+    def _next(
+        self, groups: Iterator[tuple[list[str], Statistics | None]]
+    ) -> tuple[list[str], Statistics | None] | None:
+        with self._clock.phase("calibrate"):
+            return next(groups, None)
 
     def _stacks(self, linears: Sequence[Linear]) -> list[list[Linear]]:
         """Linears of one shared input by scheme: each stack is solved as one matrix."""
@@ -223,4 +218,4 @@ def _relative_error(weight: Tensor, quantized: Tensor, statistics: Statistics | 
     else:
         lost = loss(weight, quantized, statistics.gram).sum()
         whole = loss(weight, torch.zeros_like(weight), statistics.gram).sum()
-    return float(lost / whole) if whole > 0 else 0.0
+    return float(lost / whole) if whole != 0 else 0.0  # NaN, for what cannot be measured, must not become 0

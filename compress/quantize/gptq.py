@@ -59,7 +59,7 @@ def solve(
     return solved
 
 
-_BLOCK = 128  # columns whose error is propagated one by one; everything to their right waits for one matrix product
+_BLOCK = 32  # columns whose error is propagated one by one; everything to their right waits for one matrix product
 
 
 def propagate(
@@ -71,30 +71,23 @@ def propagate(
     factor: R with (H⁻¹)[order][:, order] = Rᵀ·R, upper triangular. scale, zero [rows, groups], for original columns.
 
     With W permuted by `order`, for each column i: q_i = quantize(w_i), e = (w_i − q_i)/R_ii, and every later column
-    j gets w_j −= e·R_ij. The later columns outside the block of 128 get the sum of its corrections at once.
+    j gets w_j −= e·R_ij. The columns outside the block get the sum of its corrections at once.
     """
-    pending = weight[:, order]
-    group = order // group_size
-    scales, zeros = scale.t()[group], zero.t()[group]  # [columns, rows]: one contiguous row per step
-    codes = torch.empty_like(pending)
-    diagonal = factor.diagonal().tolist()
+    grids = grid.columns(order, scale, zero, group_size)
+    pending = weight.t()[order]  # [columns, rows]: one contiguous row per step
+    centred = torch.empty_like(pending)  # codes minus zero points
+    errors = torch.empty_like(pending[:_BLOCK])
+    shrink = (1 / factor.diagonal()).tolist()
     columns = len(order)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
-        inside = pending[:, start:end].t().contiguous()  # [block, rows]
-        errors = torch.empty_like(inside)
-        picked = torch.empty_like(inside)
-        local = factor[start:end, start:end]
-        for i in range(end - start):
+        inside, local = pending[start:end], factor[start:end, start:end]
+        for i, (column, code, error) in enumerate(zip(inside, centred[start:end], errors, strict=False)):
             at = start + i
-            column = inside[i]
-            torch.div(column, scales[at], out=picked[i])
-            picked[i].round_().add_(zeros[at]).clamp_(0, grid.top)
-            torch.sub(picked[i], zeros[at], out=errors[i])
-            errors[i].mul_(scales[at]).sub_(column).div_(-diagonal[at])
-            inside[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
-        codes[:, start:end] = picked.t()
-        pending[:, end:].addmm_(errors.t(), factor[start:end, end:], alpha=-1)
-    unsorted = torch.empty_like(codes)
-    unsorted[:, order] = codes
-    return unsorted
+            torch.mul(column, grids.inverse[at], out=code).round_().clamp_(grids.low[at], grids.high[at])
+            torch.addcmul(column, code, grids.scale[at], value=-1, out=error).mul_(shrink[at])
+            inside[i + 1 :].addr_(local[i, i + 1 :], error, alpha=-1)
+        pending[end:].addmm_(factor[start:end, end:].t(), errors[: end - start], alpha=-1)
+    codes = torch.empty_like(weight)
+    codes[:, order] = centred.t()
+    return codes + zero.repeat_interleave(group_size, dim=1)

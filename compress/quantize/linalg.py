@@ -28,7 +28,7 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
     """R, upper triangular, with H⁻¹ = Rᵀ·R: `cholesky(inverse(H), upper=True)` by one factorisation, not two.
 
     With J the reversal of indices, L = cholesky(J·H·J) and U = J·L·J is upper triangular with H = U·Uᵀ; so R = U⁻¹.
-    None when the matrix is not positive definite or holds NaN.
+    None when the matrix is not positive definite, or holds NaN or infinities.
     """
     lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     if int(failed) != 0:
@@ -36,7 +36,8 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
     upper = lower.flip(0, 1)
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     factor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return factor if bool(torch.isfinite(factor).all()) else None
+    sound = torch.isfinite(factor).all() & (factor.diagonal() > 0).all()  # the root of 1/∞ is 0
+    return factor if bool(sound) else None
 
 
 def factorise(gram: Tensor, damping: float) -> tuple[Tensor | None, float]:

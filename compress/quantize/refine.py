@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmpare.compress.grid import IntGrid
 
-_BLOCK = 128
+_BLOCK = 32  # columns looked at one by one before the gradient of all others is brought up to date
 
 
 def loss(weight: Tensor, quantized: Tensor, gram: Tensor) -> Tensor:
@@ -36,37 +36,38 @@ def coordinate_descent(
     because L is a parabola in q_j. A change Δ of column j changes G by −Δ·H_j.
     gram must have a positive diagonal.
     """
-    weight, gram = weight[:, order], gram[order][:, order]
-    group = order // group_size
-    scales, zeros = scale.t()[group], zero.t()[group]  # [columns, rows]
-    current = codes[:, order].t().contiguous()  # [columns, rows]
-    quantized = (current - zeros).mul_(scales)
-    curvature = gram.diagonal().tolist()
+    grids = grid.columns(order, scale, zero, group_size)
+    offset = zero.repeat_interleave(group_size, dim=1)
+    expanded = scale.repeat_interleave(group_size, dim=1)
+    quantized = ((codes - offset) * expanded).t()[order]  # [columns, rows]: one contiguous row per step
+    gram = gram[order][:, order]
+    gradient = gram @ (weight.t()[order] - quantized)  # [columns, rows]
+    sharpness = (1 / gram.diagonal()).tolist()
+    changes = torch.empty_like(gradient[:_BLOCK])
+    value = torch.empty_like(gradient[0])
     columns = len(order)
-    gradient = gram @ (weight.t() - quantized)  # [columns, rows]
     for _ in range(sweeps):
-        before = current.clone()
+        moved = torch.zeros((), device=weight.device)
         for start in range(0, columns, _BLOCK):
             end = min(start + _BLOCK, columns)
-            local = gram[start:end, start:end]
-            inside = gradient[start:end]
-            changes = torch.empty_like(inside)
-            for i in range(end - start):
+            local, inside = gram[start:end, start:end], gradient[start:end]
+            for i, (slope, present, change) in enumerate(zip(inside, quantized[start:end], changes, strict=False)):
                 at = start + i
-                wanted = torch.add(quantized[at], inside[i], alpha=1.0 / curvature[at])
-                wanted.div_(scales[at]).round_().add_(zeros[at]).clamp_(0, grid.top)
-                current[at] = wanted
-                wanted.sub_(zeros[at]).mul_(scales[at])
-                torch.sub(wanted, quantized[at], out=changes[i])
-                quantized[at] = wanted
-                inside.addr_(local[i], changes[i], alpha=-1)
-            gradient[:start].addmm_(gram[:start, start:end], changes, alpha=-1)
-            gradient[end:].addmm_(gram[end:, start:end], changes, alpha=-1)
-        if torch.equal(before, current):
+                torch.add(present, slope, alpha=sharpness[at], out=value).mul_(grids.inverse[at])
+                value.round_().clamp_(grids.low[at], grids.high[at]).mul_(grids.scale[at])
+                torch.sub(value, present, out=change)
+                present.copy_(value)
+                inside[i + 1 :].addr_(local[i, i + 1 :], change, alpha=-1)
+            done = changes[: end - start]
+            moved += done.abs().amax()
+            inside.addmm_(local.triu(), done, alpha=-1)  # what each row still lacks: its own change and later ones
+            gradient[:start].addmm_(gram[:start, start:end], done, alpha=-1)
+            gradient[end:].addmm_(gram[end:, start:end], done, alpha=-1)
+        if not moved:
             break
     better = torch.empty_like(codes)
-    better[:, order] = current.t()
-    return better
+    better[:, order] = quantized.t()
+    return better.div_(expanded).round_().add_(offset)
 
 
 def refit_scales(weight: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, grid: IntGrid) -> Tensor:

@@ -154,7 +154,7 @@ class _Gain:
         self.value = gain.float().clone()
 
     def stored(self) -> Tensor:
-        return self.value.to(self._dtype)
+        return self.value.to(self._dtype, copy=True)
 
 
 def _snapshot(parts: Mapping[str, _Linear], norms: Mapping[str, _Gain]) -> tuple[dict[str, Solved], dict[str, Tensor]]:

@@ -33,6 +33,12 @@ def _holds(name: str, limit: float, value: float | None) -> bool:
     return value >= limit if name.startswith("min-") else value <= limit
 
 
+def measurable(fidelity: Mapping[str, Any]) -> bool:
+    """Whether both perplexities are finite. A model without one has not been shown to be good, gates or none."""
+    both = fidelity["perplexity"]["dense"], fidelity["perplexity"]["compressed"]
+    return all(value is not None and math.isfinite(value) for value in both)
+
+
 def verdict(
     gates: Sequence[Mapping[str, Any]],
     *,
@@ -45,10 +51,13 @@ def verdict(
 
 
 def reasons(report: Mapping[str, Any]) -> list[str]:
-    """Why a report that did not pass did not: each failed gate with limit and value, then what strict minds."""
+    """Why a report that did not pass did not: each failed gate with limit and value, or what else there is."""
     failed = [describe(gate) for gate in report["gates"] if not gate["passed"]]
     if failed:
         return failed
+    if not measurable(report["fidelity"]):
+        perplexity = report["fidelity"]["perplexity"]
+        return [f"perplexity: {show.figure(perplexity['dense'])} -> {show.figure(perplexity['compressed'])}"]
     counts = [(len(report["fallbacks"]), "fallback"), (len(report["warnings"]), "warning")]
     return ["--strict: " + " and ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in counts if n)]
 

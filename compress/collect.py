@@ -15,6 +15,8 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from llmpare.compress.errors import InputError
+from llmpare.compress import memory
 from llmpare.compress.gram import Gram, shared_inputs, watched
 from llmpare.compress.grid import Statistics
 from llmpare.compress.model.replay import Replay
@@ -42,6 +44,8 @@ def sequential(replay: Replay, index: int, modules: Mapping[str, nn.Module], str
                 gram.add(x)
             del x, waiting  # only the travellers still need their inputs
             yield groups[group], gram.statistics()
+            if group == len(groups) - 2:  # before the last, usually the widest input
+                memory.trim()
             waiting = [traveller.switch() for traveller in travellers]
 
 
@@ -81,4 +85,8 @@ def parallel(
 
 
 def _groups(replay: Replay, index: int, modules: Mapping[str, nn.Module], stream: Stream) -> list[list[str]]:
-    return shared_inputs(modules, lambda: replay.run(index, stream.hidden[0][:1]))
+    groups = shared_inputs(modules, lambda: replay.run(index, stream.hidden[0][:1]))
+    idle = sorted(modules.keys() - {name for names in groups for name in names})
+    if idle:
+        raise InputError(f"nothing flows through {', '.join(idle)}", "leave what the model does not use to --ignore")
+    return groups

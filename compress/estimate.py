@@ -7,7 +7,7 @@ not far off; tests compare it with what runs really took.
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmpare.compress import memory, quantize
@@ -70,8 +70,11 @@ class Needs:
         """The most windows of `seqlen` tokens with which `room` bytes are enough; 0 if none are."""
         if not self.tokens:
             return 0
-        left = room - (self.memory - self._per_token * self.tokens)
-        return max(0, left // (self._per_token * seqlen))
+        left = max(0, room - (self.memory - self._per_token * self.tokens))
+        apart = left // (self.stream_per_token * seqlen)
+        if not replace(self, tokens=apart * seqlen).sequential:
+            return apart
+        return left // ((self.stream_per_token + self.waiting_per_token) * seqlen)
 
     def explain(self) -> str:
         """The parts, for people."""

@@ -148,15 +148,22 @@ class IntGrid:
         full = sign * torch.maximum(large / self.middle, small / max(self.middle - 1, 1))
         zero = torch.full_like(full, self.middle)
         best = torch.full_like(full, torch.inf)
-        chosen = self.round_scale(full)  # stays when no error is a number
-        for signed in (full, -full):
-            for shrink in torch.linspace(1.0, 0.4, 25).tolist():
-                scale = self.round_scale(signed * shrink)
-                error = self._error(weight, root, scale, zero)
-                better = error < best
-                best = torch.where(better, error, best)
-                chosen = torch.where(better, scale, chosen)
-        return chosen, zero
+        shrink = torch.ones_like(full)
+
+        def attempt(candidate: Tensor) -> None:
+            nonlocal best, shrink
+            error = self._error(weight, root, self.round_scale(full * candidate), zero)
+            better = error < best
+            best, shrink = torch.where(better, error, best), torch.where(better, candidate, shrink)
+
+        for step in range(8):  # coarsely over the whole range, on both sides …
+            attempt(torch.full_like(full, 1 - 0.08 * step))
+            attempt(torch.full_like(full, 0.08 * step - 1))
+        for step in (0.04, 0.02):  # … then finely around the best
+            around = shrink
+            attempt(around + step)
+            attempt(around - step)
+        return self.round_scale(full * shrink), zero
 
     def _search_asymmetric(self, weight: Tensor, root: Tensor | None) -> tuple[Tensor, Tensor]:
         low, high = weight.aminmax(dim=-1)

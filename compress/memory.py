@@ -1,5 +1,6 @@
 """How much memory this process may still take, as the machine and its limits tell; no torch."""
 
+import ctypes
 import os
 import resource
 from pathlib import Path
@@ -59,3 +60,14 @@ def _address_space() -> int | None:
         return None
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     return soft - mapped
+
+
+def trim() -> None:
+    """Gives memory that was freed back to the system, where the allocator can be told to (glibc).
+
+    Activations come and go by the megabyte; between those that stay they leave holes that glibc keeps.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:  # another C library
+        return

@@ -125,6 +125,8 @@ def _build(checkpoint: Checkpoint, architecture: str, dtype: torch.dtype, trust:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unsupported(architecture, f"transformers cannot build it from config.json ({error})") from error
+    with torch.no_grad():  # some families computed their buffers in `dtype` just now; loading computes them afresh
+        model.apply(model._init_weights)
     model.tie_weights()
     model.requires_grad_(False)
     model.eval()

@@ -33,7 +33,7 @@ METHODS: dict[str, Method] = {
     "rtn": Method("rtn:solve", needs_text=False, summary="round to nearest, scales searched by input energy"),
     "gptq": Method("gptq:solve", _GPTQ, summary="error propagation, then refinement in Gram space"),
     "tuned": Method(
-        "gptq:solve", _GPTQ, "tuned:tune", {"steps": 60, "step_size": 0.0025}, summary="gptq, then block-wise tuning"
+        "gptq:solve", _GPTQ, "tuned:tune", {"steps": 60, "step_size": 0.001}, summary="gptq, then block-wise tuning"
     ),
 }
 

@@ -24,7 +24,7 @@ NAME = "model.layers.0.mlp.up_proj"
 
 
 def fields(words: Tensor, bits: int) -> Tensor:
-    """The b-bit numbers in int32 words [rows, words], as float64: the first one in the lowest bits of the first word."""
+    """The b-bit numbers in int32 words [rows, words], as float64: the first one in the lowest bits of the first."""
     little = np.ascontiguousarray(words.numpy()).astype("<i4").view(np.uint8)
     stream = np.unpackbits(little, axis=1, bitorder="little").reshape(len(little), -1, bits)
     return torch.from_numpy((stream * 2.0 ** np.arange(bits)).sum(-1))

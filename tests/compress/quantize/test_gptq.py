@@ -95,7 +95,15 @@ def assert_nearest(codes: Tensor, place: Tensor, top: int) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
     ("bits", "rows", "columns", "size"),
-    [(4, 6, 32, 8), (2, 5, 32, 32), (3, 4, 96, 32), (8, 4, 64, 64), (4, 16, 128, 64), (4, 16, 129, 43), (3, 9, 320, 64)],
+    [
+        (4, 6, 32, 8),
+        (2, 5, 32, 32),
+        (3, 4, 96, 32),
+        (8, 4, 64, 64),
+        (4, 16, 128, 64),
+        (4, 16, 129, 43),
+        (3, 9, 320, 64),
+    ],
 )
 def test_codes_are_those_of_the_textbook(bits: int, rows: int, columns: int, size: int, symmetric: bool) -> None:
     """320 columns are two and a half of the blocks whose corrections are propagated at once."""

@@ -87,7 +87,7 @@ def test_a_sweep_is_the_same_over_several_blocks_of_columns() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", (2, 4))
+@pytest.mark.parametrize("bits", [2, 4])
 def test_when_the_sweeps_are_over_no_single_code_can_be_bettered(bits: int, symmetric: bool) -> None:
     p = Problem(1, IntGrid(bits, symmetric), rows=3, columns=24, size=12)
     codes = p.descend(p.codes, p.scale, sweeps=100)

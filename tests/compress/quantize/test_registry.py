@@ -74,7 +74,12 @@ def test_given_options_take_the_place_of_defaults_in_a_fixed_order() -> None:
     [
         ("gptq", "dampin", "method gptq has no option --dampin", "did you mean --damping? "),
         ("gptq", "step_size", "method gptq has no option --step-size", "--step-size belongs to tuned; "),
-        ("rtn", "damping", "method rtn has no option --damping", "--damping belongs to gptq, tuned; rtn takes no options"),
+        (
+            "rtn",
+            "damping",
+            "method rtn has no option --damping",
+            "--damping belongs to gptq, tuned; rtn takes no options",
+        ),
         ("tuned", "zzz", "method tuned has no option --zzz", "tuned takes --damping, --rounds, --sweeps, "),
     ],
 )

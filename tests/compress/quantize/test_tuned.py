@@ -264,9 +264,7 @@ def test_working_and_stored_precisions(dtype: torch.dtype, gain_dtype: torch.dty
             assert weight.shape == p.starts[name].weight.shape
         return forward(weights, gains, hidden)
 
-    solved, gains = tuned.tune(
-        watched, p.pick, 24, p.starts, p.gains, steps=40, step_size=0.02, windows=4, seed=0
-    )
+    solved, gains = tuned.tune(watched, p.pick, 24, p.starts, p.gains, steps=40, step_size=0.02, windows=4, seed=0)
     assert seen == {dtype}
     assert gains["norm"].dtype == gain_dtype
     assert gains["norm"].shape == p.gains["norm"].shape

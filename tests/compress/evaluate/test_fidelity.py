@@ -1,0 +1,220 @@
+import itertools
+import math
+import statistics
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmpare.compress.evaluate.fidelity import Scores, score, summarise
+
+WINDOWS, POSITIONS, VOCABULARY = 5, 9, 13
+
+
+def logits(seed: int, *, windows: int = WINDOWS, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of a model, those of one not far from it, and the tokens that follow."""
+    torch.manual_seed(seed)
+    dense = torch.randn(windows, POSITIONS, VOCABULARY) * spread + 4
+    compressed = dense + 0.7 * torch.randn_like(dense)
+    return dense, compressed, torch.randint(0, VOCABULARY, (windows, POSITIONS))
+
+
+def log_probabilities(row: list[float]) -> list[float]:
+    largest = max(row)
+    total = math.log(sum(math.exp(value - largest) for value in row)) + largest
+    return [value - total for value in row]
+
+
+def textbook(dense: Tensor, compressed: Tensor, targets: Tensor) -> dict[str, list[list[float]]]:
+    """Every score of every position, one number at a time."""
+    found: dict[str, list[list[float]]] = {"dense": [], "compressed": [], "kl": [], "agree": []}
+    for a, b, ids in zip(dense.tolist(), compressed.tolist(), targets.tolist(), strict=True):
+        for values in found.values():
+            values.append([])
+        for before, after, token in zip(a, b, ids, strict=True):
+            p, q = log_probabilities(before), log_probabilities(after)
+            found["dense"][-1].append(-p[token])
+            found["compressed"][-1].append(-q[token])
+            found["kl"][-1].append(sum(math.exp(x) * (x - y) for x, y in zip(p, q, strict=True)))
+            found["agree"][-1].append(float(before.index(max(before)) == after.index(max(after))))
+    return found
+
+
+def stderr(values: list[list[float]]) -> float:
+    return statistics.stdev([statistics.mean(window) for window in values]) / len(values) ** 0.5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_are_those_of_the_textbook(seed: int) -> None:
+    dense, compressed, targets = logits(seed)
+    expected = textbook(dense, compressed, targets)
+    found = score(dense, compressed, targets)
+    for name, values in (("dense", found.dense_nll), ("compressed", found.compressed_nll), ("kl", found.kl)):
+        torch.testing.assert_close(values, torch.tensor(expected[name]), rtol=1e-4, atol=1e-5)
+    assert found.agree.tolist() == [[bool(x) for x in row] for row in expected["agree"]]
+
+
+def test_divergence_is_of_the_compressed_from_the_dense() -> None:
+    """KL(dense ‖ compressed), which is not the same the other way round."""
+    dense, compressed = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[math.log(9.0), 0.0]]])
+    kl = score(dense, compressed, torch.zeros(1, 1, dtype=torch.long)).kl.item()
+    assert kl == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
+
+
+def test_a_shift_of_all_logits_changes_nothing() -> None:
+    dense, compressed, targets = logits(0)
+    expected = score(dense.clone(), compressed.clone(), targets)
+    found = score(dense + 1000, compressed - 1000, targets)
+    torch.testing.assert_close(found.kl, expected.kl, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(found.dense_nll, expected.dense_nll, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_summary_is_that_of_the_textbook(seed: int) -> None:
+    dense, compressed, targets = logits(seed)
+    expected = textbook(dense, compressed, targets)
+    flat = {name: list(itertools.chain.from_iterable(values)) for name, values in expected.items()}
+    before, after = (math.exp(statistics.mean(flat[name])) for name in ("dense", "compressed"))
+    found = summarise([score(dense, compressed, targets)], "torch.bfloat16")
+    assert (found["tokens"], found["windows"], found["dtype"]) == (45, 5, "torch.bfloat16")
+    assert found["perplexity"] == pytest.approx(
+        {
+            "dense": before,
+            "compressed": after,
+            "increase": after / before - 1,
+            "dense_stderr": before * stderr(expected["dense"]),
+            "compressed_stderr": after * stderr(expected["compressed"]),
+        },
+        rel=1e-4,
+    )
+    ordered = sorted(flat["kl"])
+    assert found["kl"] == pytest.approx(
+        {
+            "mean": statistics.mean(flat["kl"]),
+            "stderr": stderr(expected["kl"]),
+            "median": statistics.median(flat["kl"]),
+            "p99": ordered[44],
+            "max": ordered[44],
+        },
+        rel=1e-4,
+    )
+    assert found["agreement"] == pytest.approx(
+        {"top1": statistics.mean(flat["agree"]), "stderr": stderr(expected["agree"])}
+    )
+
+
+def constant(kl: list[list[float]]) -> Scores:
+    values = torch.tensor(kl)
+    return Scores(torch.ones_like(values), torch.ones_like(values), values, values > 0)
+
+
+def test_quantiles_are_values_that_occurred() -> None:
+    """Of 1 … 1000, in no order: half are at or below the median but for one, 1 % are at or above the 99th."""
+    torch.manual_seed(0)
+    found = summarise([constant((torch.randperm(1000) + 1.0).view(10, 100).tolist())], "")["kl"]
+    assert found["median"] in (500, 501)
+    assert found["p99"] in (990, 991)
+    assert found["max"] == 1000
+    assert found["mean"] == 500.5
+    single = summarise([constant([[0.25]])], "")["kl"]
+    assert single["median"] == single["p99"] == single["max"] == 0.25
+
+
+def test_the_standard_error_is_over_windows() -> None:
+    """Positions of one window are not independent: here all the spread is between windows, there within them."""
+    between, within = [[1.0, 1.0], [3.0, 3.0]], [[1.0, 3.0], [3.0, 1.0]]
+    assert summarise([constant(between)], "")["kl"]["stderr"] == pytest.approx(1.0)
+    assert summarise([constant(within)], "")["kl"]["stderr"] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_compared_with_itself(seed: int) -> None:
+    dense, _, targets = logits(seed)
+    found = summarise([score(dense.clone(), dense.clone(), targets)], "")
+    assert found["kl"] == {"mean": 0, "stderr": 0, "median": 0, "p99": 0, "max": 0}
+    assert found["agreement"] == {"top1": 1, "stderr": 0}
+    assert found["perplexity"]["increase"] == 0
+    assert found["perplexity"]["dense"] == found["perplexity"]["compressed"]
+
+
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
+    flat = torch.zeros(2, 3, 50)
+    found = summarise([score(flat.clone(), flat.clone(), torch.zeros(2, 3, dtype=torch.long))], "")
+    assert found["perplexity"]["dense"] == pytest.approx(50)
+
+
+def test_parts_of_windows_and_windows_apart_give_the_same_summary() -> None:
+    """As the engine does it: positions in steps, window by window."""
+    dense, compressed, targets = logits(1)
+    parts = []
+    for window in range(WINDOWS):
+        one = slice(window, window + 1)
+        pieces = [
+            score(dense[one, a:b].clone(), compressed[one, a:b].clone(), targets[one, a:b])
+            for a, b in ((0, 4), (4, 8), (8, 9))
+        ]
+        parts.append(Scores.join(pieces))
+        assert parts[-1].kl.shape == (1, POSITIONS)
+    whole = summarise([score(dense, compressed, targets)], "")
+    apart = summarise(parts, "")
+    for section in ("perplexity", "kl", "agreement"):
+        assert apart[section] == pytest.approx(whole[section], rel=1e-5)
+    assert (apart["tokens"], apart["windows"]) == (whole["tokens"], whole["windows"])
+
+
+def test_one_window_has_no_standard_error() -> None:
+    dense, compressed, targets = logits(2, windows=1)
+    found = summarise([score(dense, compressed, targets)], "")
+    assert found["kl"]["stderr"] == found["agreement"]["stderr"] == found["perplexity"]["dense_stderr"] == 0
+    assert found["kl"]["mean"] > 0
+
+
+def test_scores_do_not_share_memory_with_the_logits() -> None:
+    """score works in place, so callers may use the logits' memory for the next batch; targets are left alone."""
+    dense, compressed, targets = logits(3)
+    before = targets.clone()
+    found = score(dense, compressed, targets)
+    kept = [each.clone() for each in (found.dense_nll, found.compressed_nll, found.kl, found.agree)]
+    dense.zero_()
+    compressed.zero_()
+    now = (found.dense_nll, found.compressed_nll, found.kl, found.agree)
+    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+    assert torch.equal(targets, before)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_give_a_summary_that_is_none(bad: float) -> None:
+    """…and which no gate lets pass, instead of an exception at the end of a long run."""
+    dense, compressed, targets = logits(5)
+    compressed[2, 3] = bad
+    found = summarise([score(dense, compressed, targets)], "")
+    for value in (found["kl"]["mean"], found["kl"]["max"], found["kl"]["stderr"]):
+        assert math.isnan(value)
+    for name in ("compressed", "compressed_stderr", "increase"):
+        assert math.isnan(found["perplexity"][name])
+    assert math.isfinite(found["perplexity"]["dense"])
+    assert math.isfinite(found["kl"]["median"])
+    assert 0 <= found["agreement"]["top1"] <= 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_single_logit_that_is_no_number(bad: float) -> None:
+    dense, compressed, targets = logits(6)
+    compressed[0, 0, 0] = bad
+    assert not math.isfinite(summarise([score(dense, compressed, targets)], "")["kl"]["mean"])
+
+
+def test_an_original_that_gives_no_numbers() -> None:
+    dense, compressed, targets = logits(7)
+    dense[:] = math.nan
+    found = summarise([score(dense, compressed, targets)], "")
+    assert math.isnan(found["perplexity"]["dense"])
+    assert math.isnan(found["perplexity"]["increase"])
+    assert math.isfinite(found["perplexity"]["compressed"])
+
+
+def test_a_perplexity_beyond_all_floats_is_infinite() -> None:
+    values = torch.full((2, 3), 1000.0)
+    found = summarise([Scores(torch.ones(2, 3), values, torch.ones(2, 3), values > 0)], "")
+    assert found["perplexity"]["compressed"] == found["perplexity"]["increase"] == math.inf
+    assert found["perplexity"]["dense"] == pytest.approx(math.e)

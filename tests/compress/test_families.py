@@ -1,0 +1,197 @@
+"""Whole runs on every family: what is written, what loads it, and whether the report tells the truth about it."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, load, measured, reported, request, save, tokens, write
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import BartConfig, BartForCausalLM
+
+from llmpare.compress import formats
+from llmpare.compress.errors import InputError
+from llmpare.compress.model.layout import Linear
+from llmpare.compress.plan import plan_quantize
+from llmpare.compress.progress import Silent
+from llmpare.compress.request import LayerRule, QuantizeRequest, Scheme
+from llmpare.compress.run import run_quantize
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {"family": name} for name in FAMILIES},
+    "llama, tied, fp16, sharded": {"family": "llama", "tied": True, "dtype": torch.float16, "sharded": True},
+    "qwen3, tied, fp32": {"family": "qwen3", "tied": True, "dtype": torch.float32, "sharded": False},
+    "gemma2, untied": {"family": "gemma2", "tied": False},
+    "gpt_neox, bf16, sharded": {"family": "gpt_neox", "dtype": torch.bfloat16, "sharded": True},
+    "phi3, bf16": {"family": "phi3", "dtype": torch.bfloat16},
+    "opt, untied": {"family": "opt", "tied": False},
+}
+SCHEME = Scheme(4, 32)
+
+
+@dataclass(frozen=True)
+class Run:
+    model: Path
+    request: QuantizeRequest
+    report: dict[str, Any]
+
+    @property
+    def out(self) -> Path:
+        return self.request.out
+
+    def tensors(self, folder: Path | None = None) -> dict[str, Tensor]:
+        """All tensors of the output, or of another folder."""
+        found: dict[str, Tensor] = {}
+        for path in sorted((folder or self.out).glob("*.safetensors")):
+            found.update(load_file(path))
+        return found
+
+
+def run(model: Path, form: str, **changes: Any) -> Run:
+    asked = request(model, model.with_name(form), format=form, **{"scheme": SCHEME, **changes})
+    return Run(model, asked, run_quantize(asked, Silent()))
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose output is the dequantized weights; other formats are compared with it."""
+    return run(write(tmp_path_factory.mktemp("family") / "model", **VARIANTS[request.param]), "dense")
+
+
+def test_the_report_is_about_what_was_written(dense: Run) -> None:
+    """Perplexity, divergence and agreement, worked out again from the output by transformers alone."""
+    again = measured(load(dense.model), load(dense.out), dense.model)
+    assert reported(dense.report["fidelity"]) == pytest.approx(again, rel=1e-5)
+    assert again["kl"] > 1e-4
+    assert dense.report["fidelity"]["tokens"] == 2 * 63
+    assert dense.report["passed"] is True
+    assert dense.report["fallbacks"] == []
+    errors = [linear["relative_error"] for block in dense.report["blocks"] for linear in block["linears"]]
+    assert len(errors) == len(plan_quantize(dense.request).quantized)
+    assert all(0 < error < 0.05 for error in errors)
+
+
+def test_only_linears_change(dense: Run) -> None:
+    before, after = dense.tensors(dense.model), dense.tensors()
+    changed = {linear.weight for linear in plan_quantize(dense.request).quantized}
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor) != (name in changed), name
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
+        if (dense.model / name).exists():
+            assert (dense.out / name).read_bytes() == (dense.model / name).read_bytes()
+
+
+def test_packed_codes_are_those_of_the_dense_output(dense: Run) -> None:
+    """And load as such in plain transformers, with logits that are equal to the last bit."""
+    if dense.report["source"]["architecture"] == "GPT2LMHeadModel":
+        with pytest.raises(
+            InputError, match=r"compressed-tensors cannot store transformer\.h\.0\.attn\.c_attn: it is a Conv1D"
+        ):
+            run(dense.model, "compressed-tensors")
+        assert not dense.model.with_name("compressed-tensors").exists()
+        return
+    packed = run(dense.model, "compressed-tensors")
+    stored, weights = packed.tensors(), dense.tensors()
+    for linear, scheme in plan_quantize(packed.request).quantized.items():
+        decoded = formats.find("compressed-tensors").decode(linear, scheme, stored)
+        assert torch.equal(decoded.to(weights[linear.weight].dtype), weights[linear.weight])
+    kept = {name for name in stored if not name.endswith(("_packed", "_scale", "_shape"))}
+    assert kept == weights.keys() - {linear.weight for linear in plan_quantize(packed.request).quantized}
+    assert all(torch.equal(stored[name], weights[name]) for name in kept)
+    assert reported(packed.report["fidelity"]) == reported(dense.report["fidelity"])
+
+    written = json.loads((packed.out / "config.json").read_text())
+    assert written.pop("quantization_config")["ignore"] == ["lm_head"]
+    assert written == json.loads((packed.model / "config.json").read_text())
+    loaded, ids = load(packed.out), tokens()
+    assert torch.equal(loaded(ids).logits, load(dense.out)(ids).logits)
+
+
+def test_gptq_stores_the_same_codes(dense: Run) -> None:
+    """Where the model's own precision is that of the format's scales; elsewhere scales differ by their rounding."""
+    packed = run(dense.model, "gptq")
+    stored, weights = packed.tensors(), dense.tensors()
+    form = formats.find("gptq")
+    quantized = plan_quantize(packed.request).quantized
+    assert len(quantized) == len(plan_quantize(dense.request).quantized)
+    for linear, scheme in quantized.items():
+        weight = weights[linear.weight]
+        decoded = form.decode(linear, scheme, stored).to(weight.dtype)
+        if weight.dtype == torch.float16:
+            assert torch.equal(decoded, weight.t() if linear.transposed else weight)
+    filled = load(dense.model)
+    filled.load_state_dict({**filled.state_dict(), **in_modules(filled, stored, quantized)})
+    assert reported(packed.report["fidelity"]) == pytest.approx(
+        measured(load(dense.model), filled, dense.model), rel=1e-5
+    )
+    written = json.loads((packed.out / "config.json").read_text())
+    assert written["quantization_config"] == json.loads((packed.out / "quantize_config.json").read_text())
+    if "rope_theta" in written.get("rope_parameters", {}):
+        assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]
+
+
+def in_modules(model: torch.nn.Module, stored: dict[str, Tensor], quantized: dict[Linear, Scheme]) -> dict[str, Tensor]:
+    """The dequantized weights of a gptq output by parameter name, which for linears is the name on disk."""
+    form, own = formats.find("gptq"), model.state_dict()
+    found = {}
+    for linear, scheme in quantized.items():
+        weight = form.decode(linear, scheme, stored)
+        found[linear.weight] = (weight.t() if linear.transposed else weight).to(own[linear.weight].dtype)
+    return found
+
+
+# --- methods and options on one of them
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "tuned"])
+def test_every_method_tells_the_truth(method: str, tmp_path: Path) -> None:
+    """Also about norms' gains, which `tuned` trains."""
+    found = run(write(tmp_path / "model", "qwen2"), "dense", method=method, scheme=Scheme(3, 64, False))
+    again = measured(load(found.model), load(found.out), found.model)
+    assert reported(found.report["fidelity"]) == pytest.approx(again, rel=1e-5)
+
+
+def test_a_model_of_which_parts_stay_dense(tmp_path: Path) -> None:
+    rules = (LayerRule(r"layers\.1\.", None), LayerRule("o_proj", Scheme(8, -1)))
+    model = write(tmp_path / "model", "llama", sharded=True)
+    dense, packed = run(model, "dense", rules=rules), run(model, "compressed-tensors", rules=rules)
+    assert {each["name"].split(".")[2] for each in packed.report["kept_dense"]} == {"1"}
+    assert dense.report["blocks"][1]["linears"] == []
+    ids = tokens()
+    assert torch.equal(load(packed.out)(ids).logits, load(dense.out)(ids).logits)
+
+
+def test_another_precision_for_the_forward_passes(tmp_path: Path) -> None:
+    """The output keeps the model's own; the report says what it was measured in."""
+    found = run(write(tmp_path / "model", "llama"), "dense", dtype="float32")
+    assert {tensor.dtype for tensor in found.tensors().values()} == {torch.bfloat16}
+    assert found.report["fidelity"]["dtype"] == "torch.float32"
+    source, compressed = (load(folder, dtype=torch.float32) for folder in (found.model, found.out))
+    again = measured(source, compressed, found.model)
+    assert reported(found.report["fidelity"]) == pytest.approx(again, rel=1e-2)
+
+
+def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", "gemma3_text")
+    first = run(model, "compressed-tensors")
+    second = replace(first.request, out=tmp_path / "again")
+    run_quantize(second, Silent())
+    for path in first.out.iterdir():
+        if not path.name.startswith("report."):
+            assert (second.out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_linears_that_nothing_flows_through(tmp_path: Path) -> None:
+    """A decoder taken out of an encoder-decoder still has the weights that looked at the encoder."""
+    config = BartConfig(
+        vocab_size=4096, d_model=64, decoder_layers=2, decoder_ffn_dim=64, decoder_attention_heads=2, encoder_layers=2
+    )
+    model = save(BartForCausalLM(config), tmp_path / "model")
+    with pytest.raises(InputError, match=r"nothing flows through model\.decoder\.layers\.0\.encoder_attn\.k_proj, "):
+        run(model, "dense")
+    assert run(model, "dense", rules=(LayerRule("encoder_attn", None),)).report["passed"]

@@ -15,8 +15,8 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from llmpare.compress.errors import InputError
 from llmpare.compress import memory
+from llmpare.compress.errors import InputError
 from llmpare.compress.gram import Gram, shared_inputs, watched
 from llmpare.compress.grid import Statistics
 from llmpare.compress.model.replay import Replay

@@ -102,16 +102,13 @@ class Pass:
         self._skeleton.place(tensors)
         return tensors
 
-    def blocks(self, replay: Replay, streams: Streams, treatment: Treatment) -> None:
-        """Takes every block in turn, and the streams past it."""
+    def blocks(self, replay: Replay, streams: Streams, treatment: Treatment, first: dict[str, Tensor]) -> None:
+        """Takes every block in turn, and the streams past it. first: what `first` returned."""
         names = self._plan.layout.blocks
+        tensors = first
         with ThreadPoolExecutor(1, "prefetch") as reader:
-            coming = reader.submit(self._read, names[0])
             for index in range(len(names)):
                 begun = self._clock.total()
-                with self._clock.phase("read"):
-                    tensors = coming.result()
-                    self._skeleton.place(tensors)
                 if index + 1 < len(names):
                     coming = reader.submit(self._read, names[index + 1])
                 record, resumed = self._block(index, tensors, replay, streams, treatment)
@@ -127,6 +124,10 @@ class Pass:
                 facts = {"index": index, "relative_error": error, "seconds": seconds, "resumed": resumed}
                 self.records.append({**facts, **record["facts"]})
                 self._progress.block(index, len(names), {"relative_error": error, "seconds": seconds})
+                if index + 1 < len(names):
+                    with self._clock.phase("read"):
+                        tensors = coming.result()
+                        self._skeleton.place(tensors)
 
     def scores(self, replay: Replay, streams: Streams) -> list[Scores]:
         """What both models predict at the end of their streams, one entry per window."""

@@ -159,10 +159,10 @@ class IntGrid:
         for step in range(8):  # coarsely over the whole range, on both sides …
             attempt(torch.full_like(full, 1 - 0.08 * step))
             attempt(torch.full_like(full, 0.08 * step - 1))
-        for step in (0.04, 0.02):  # … then finely around the best
+        for nudge in (0.04, 0.02):  # … then finely around the best
             around = shrink
-            attempt(around + step)
-            attempt(around - step)
+            attempt(around + nudge)
+            attempt(around - nudge)
         return self.round_scale(full * shrink), zero
 
     def _search_asymmetric(self, weight: Tensor, root: Tensor | None) -> tuple[Tensor, Tensor]:

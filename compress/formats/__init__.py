@@ -37,6 +37,10 @@ class Format(Protocol):
         """Names, types and shapes of the tensors that replace the linear's weight."""
         ...
 
+    def weight(self, linear: Linear, solved: "Solved") -> "Tensor":
+        """The weight [rows, columns] in float32 that `decode` gives for what `encode` makes of it."""
+        ...
+
     def encode(self, linear: Linear, scheme: Scheme, solved: "Solved") -> "dict[str, Tensor]":
         """Those tensors, on the device of the codes."""
         ...

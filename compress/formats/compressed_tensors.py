@@ -48,6 +48,10 @@ class CompressedTensors:
             specs.append(TensorSpec(f"{name}.weight_zero_point", "I32", (_words(linear.rows, scheme.bits), groups)))
         return specs
 
+    def weight(self, linear: Linear, solved: "Solved") -> "Tensor":
+        """The dequantized weight, as it is."""
+        return solved.weight()
+
     def encode(self, linear: Linear, scheme: Scheme, solved: "Solved") -> "dict[str, Tensor]":
         """Codes as they are: no weight is rounded a second time."""
         import torch

@@ -28,6 +28,12 @@ class Dense:
         shape = (linear.columns, linear.rows) if linear.transposed else (linear.rows, linear.columns)
         return [TensorSpec(linear.weight, linear.dtype, shape)]
 
+    def weight(self, linear: Linear, solved: "Solved") -> "Tensor":
+        """The dequantized weight, rounded to the model's dtype, whatever the forward passes run in."""
+        from llmpare.compress.checkpoint.tensors import DTYPES
+
+        return solved.weight().to(DTYPES[linear.dtype]).float()
+
     def encode(self, linear: Linear, scheme: Scheme, solved: "Solved") -> "dict[str, Tensor]":
         """The dequantized weight, rounded to the model's dtype."""
         from llmpare.compress.checkpoint.tensors import DTYPES

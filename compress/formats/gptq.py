@@ -60,6 +60,10 @@ class Gptq:
             TensorSpec(f"{name}.g_idx", "I32", (columns,)),
         ]
 
+    def weight(self, linear: Linear, solved: "Solved") -> "Tensor":
+        """The dequantized weight, as it is."""
+        return solved.weight()
+
     def encode(self, linear: Linear, scheme: Scheme, solved: "Solved") -> "dict[str, Tensor]":
         """Codes as they are: no weight is rounded a second time."""
         import torch

@@ -69,7 +69,9 @@ class Replay:
             self._skeleton.model.base_model(input_ids=ids, use_cache=False)
         known = self._calls.setdefault(tuple(ids.shape), calls)
         self._checks -= 1
-        if self._checks >= 0 and any(not _same(a.args, b.args) or not _same(a.kwargs, b.kwargs) for a, b in zip(known, calls, strict=True)):
+        if self._checks >= 0 and any(
+            not _same(a.args, b.args) or not _same(a.kwargs, b.kwargs) for a, b in zip(known, calls, strict=True)
+        ):
             name = type(self._skeleton.model).__name__
             raise InputError(
                 f"architecture {name} is not supported: its blocks take arguments that depend on the tokens"

@@ -58,13 +58,13 @@ class QuantizeBlocks:
                     weights = [self._weight(linear, source) for linear in stack]
                     self._solve(stack, weights, statistics, solved, errors)
                 for name in names:
-                    self._put(linears[name], solved[name].weight())
+                    self._put(linears[name], self._plan.format.weight(linears[name], solved[name]))
         gains: dict[str, Tensor] = {}
         if self._tuner is not None and calibration is not None and dense is not None:
             with self._clock.phase("tune"):
                 gains = self._tune(index, linears, source, solved, calibration, dense)
             for name, linear in linears.items():
-                self._put(linear, solved[name].weight())
+                self._put(linear, self._plan.format.weight(linear, solved[name]))
             self._skeleton.place(gains)
         if calibration is not None and not self._plan.sequential and index + 1 < len(self._plan.layout.blocks):
             with self._clock.phase("advance"):

@@ -210,6 +210,15 @@ def test_quantize_takes_the_nearest_code(bits: int, symmetric: bool) -> None:
     assert torch.equal(grid.quantize(grid.dequantize(codes, scale, zero), scale, zero), codes)
 
 
+def test_columns_are_those_of_their_groups_in_the_order_of_the_loop() -> None:
+    scale, zero = torch.tensor([[1.0, 10.0], [2.0, -4.0]]), torch.tensor([[1.0, 0.0], [2.0, 3.0]])
+    columns = IntGrid(2, False).columns(torch.tensor([3, 0, 2, 1]), scale, zero, 2)
+    assert [each.tolist() for each in columns.scale] == [[10.0, -4.0], [1.0, 2.0], [10.0, -4.0], [1.0, 2.0]]
+    assert [each.tolist() for each in columns.inverse[:2]] == [[pytest.approx(0.1), -0.25], [1.0, 0.5]]
+    assert [each.tolist() for each in columns.low[:2]] == [[0.0, -3.0], [-1.0, -2.0]]
+    assert [each.tolist() for each in columns.high[:2]] == [[3.0, 0.0], [2.0, 1.0]]
+
+
 def test_solved_puts_scales_on_consecutive_columns() -> None:
     codes = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]], dtype=torch.uint8)
     scale, zero = torch.tensor([[1.0, 10.0], [2.0, -4.0]]), torch.tensor([[1.0, 0.0], [2.0, 3.0]])

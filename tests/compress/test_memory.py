@@ -1,3 +1,4 @@
+import platform
 import resource
 import subprocess
 import sys
@@ -108,3 +109,17 @@ def test_the_least_of_all_limits_counts(smallest: str, monkeypatch) -> None:
     monkeypatch.setattr(memory, "_cgroup", lambda: None)
     monkeypatch.setattr(memory, "_address_space", lambda: None)
     assert memory.available() == (MIB if smallest == "_meminfo" else 5 * MIB)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
+def test_trim_gives_back_what_was_freed_between_things_that_stay() -> None:
+    script = (
+        "from llmpare.compress import memory\n"
+        "blocks = [bytearray(b'x') * 100_000 for _ in range(2000)]\n"
+        "blocks = blocks[::100]\n"
+        "before = memory.resident()\n"
+        "memory.trim()\n"
+        "print(before - memory.resident())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True)
+    assert int(done.stdout) > 100 * MIB

@@ -43,6 +43,7 @@ def test_what_is_stored_is_what_was_solved(scheme: Scheme, dtype: str) -> None:
     }
     assert (f"{NAME}.weight_zero_point" in tensors) != scheme.symmetric
     assert torch.equal(FORM.decode(linear, scheme, tensors), expected.weight())
+    assert torch.equal(FORM.weight(linear, expected), expected.weight())
 
     (group,) = QuantizationConfig.model_validate(config({linear: scheme}, scheme)).config_groups.values()
     local = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}

@@ -25,6 +25,7 @@ def test_the_weight_as_the_source_has_it(dtype: str, transposed: bool) -> None:
     expected = whole.weight().to(DTYPES[dtype])
     assert torch.equal(stored, expected.t() if transposed else expected)
     assert torch.equal(FORM.decode(linear, SCHEME, tensors), expected.float())
+    assert torch.equal(FORM.weight(linear, whole), expected.float())
 
 
 def test_scales_are_those_of_a_packed_checkpoint() -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llmpare.compress import memory
 from llmpare.compress.checkpoint.journal import Journal
 from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.checkpoint.tensors import from_info, to_bytes, to_tensor
@@ -120,6 +121,7 @@ class Pass:
                     with self._clock.phase("verify"):
                         self._read_back(index, treatment)
                 self._skeleton.unload(index)
+                memory.trim()
                 seconds = self._clock.total() - begun
                 facts = {"index": index, "relative_error": error, "seconds": seconds, "resumed": resumed}
                 self.records.append({**facts, **record["facts"]})

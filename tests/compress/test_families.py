@@ -127,7 +127,7 @@ def test_gptq_stores_the_same_codes(dense: Run) -> None:
     filled = load(dense.model)
     filled.load_state_dict({**filled.state_dict(), **in_modules(filled, stored, quantized)})
     assert reported(packed.report["fidelity"]) == pytest.approx(
-        measured(load(dense.model), filled, dense.model), rel=1e-5
+        measured(load(dense.model), filled, dense.model), rel=1e-5, abs=1e-6
     )
     written = json.loads((packed.out / "config.json").read_text())
     assert written["quantization_config"] == json.loads((packed.out / "quantize_config.json").read_text())

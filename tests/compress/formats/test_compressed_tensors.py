@@ -127,12 +127,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [*(Scheme(b, 32, s) for b in BITS for s in (True, False)), Scheme(4, 64), Scheme(4, 128), Scheme(4, PER_CHANNEL)],
     ids=lambda scheme: scheme.name,
 )
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_transformers_loads_every_scheme(scheme: Scheme, llama: Path, tmp_path: Path) -> None:
     """Exactly: the logits are those of a dense model that holds the dequantized weights."""
     for form in ("compressed-tensors", "dense"):
         asked = request(llama, tmp_path / form, format=form, scheme=scheme, method="rtn", calibration=TextSpec(NO_TEXT))
         run_quantize(asked, Silent())
-    # transformers 5 reads zero points only this way: https://github.com/huggingface/transformers
+    # what the plan's note says: transformers reads zero points in no other way
     options = {} if scheme.symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     packed, dense = load(tmp_path / "compressed-tensors", **options), load(tmp_path / "dense")
     ids = tokens()

@@ -38,7 +38,7 @@ class Needs:
     """Bytes by kind.
 
     stream_per_token: activations that every calibration token costs for the whole run. waiting_per_token: those it
-    costs besides if all windows pass through a block together.
+    costs besides if all windows pass through a block together, which they do up to waiting_limit.
     """
 
     process: int
@@ -50,6 +50,7 @@ class Needs:
     stream_per_token: int
     waiting_per_token: int
     tokens: int
+    waiting_limit: int = SEQUENTIAL
 
     @property
     def memory(self) -> int:
@@ -60,7 +61,7 @@ class Needs:
     @property
     def sequential(self) -> bool:
         """Whether the windows pass through a block together: one forward instead of two, if that is not too much."""
-        return 0 < self.waiting_per_token * self.tokens <= SEQUENTIAL
+        return 0 < self.waiting_per_token * self.tokens <= self.waiting_limit
 
     @property
     def _per_token(self) -> int:
@@ -126,6 +127,8 @@ def needs(
         stream_per_token=hidden * size * (2 if dense_too else 1),
         waiting_per_token=0 if dense_too else size * (columns + 2 * hidden),
         tokens=windows * seqlen,
+        # by what the machine has, not by what is free now: the same command must take the same path again
+        waiting_limit=min(SEQUENTIAL, (request.max_memory or memory.physical()) // 4),
     )
 
 

@@ -14,6 +14,11 @@ def available() -> int:
     return min(limit for limit in limits if limit is not None)
 
 
+def physical() -> int:
+    """Bytes of memory the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def resident() -> int:
     """Bytes of physical memory this process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -36,7 +41,7 @@ def _meminfo() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return physical()
 
 
 def _cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -179,6 +179,7 @@ def _spec(plan: Plan, source: Checkpoint, texts: Texts) -> dict[str, Any]:
     layout = hashlib.sha256(repr(list(source.tensors.values())).encode()).hexdigest()
     return {
         "request": plan.request.spec(),
+        "sequential": plan.sequential,
         "source": {"config_sha256": _config_digest(source), "headers_sha256": layout},
         "text": {
             "calibration_sha256": texts.calibration.source["sha256"] if texts.calibration else None,

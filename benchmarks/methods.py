@@ -21,7 +21,7 @@ ROWS = {
     "rtn": "--method rtn",
     "gptq, no refinement": "--rounds 0",
     "gptq (default)": "",
-    "gptq, 4 rounds": "--rounds 4",
+    "gptq, 3 rounds": "--rounds 3",
     "gptq, correction 0.5": "--correction 0.5",
     "gptq, correction 1": "--correction 1",
     "tuned, 20 steps": "--best --steps 20",

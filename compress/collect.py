@@ -28,6 +28,7 @@ Groups = Iterator[tuple[list[str], Statistics]]
 @torch.no_grad()
 def sequential(replay: Replay, index: int, modules: Mapping[str, nn.Module], stream: Stream) -> Groups:
     """Statistics of block `index`, one shared input at a time; the stream is advanced past the block."""
+    memory.trim()
     groups = _groups(replay, index, modules, stream)
     hub = getcurrent()
 

@@ -64,8 +64,7 @@ class TestBundled:
     def test_the_parts_share_no_text(self):
         tokenizer = load_tokenizer(TINY_LLAMA)
         windows = [
-            load(TextSpec(seqlen=2048), tokenizer, vocab_size=4096, part=part, max_length=2048)
-            for part in PARTS
+            load(TextSpec(seqlen=2048), tokenizer, vocab_size=4096, part=part, max_length=2048) for part in PARTS
         ]
         for part in windows:
             assert part.ids.size > part.source["tokens_available"] - 2048, "not all of the text is compared"
@@ -171,9 +170,7 @@ class TestLocalFiles:
         with pytest.raises(InputError, match="a.jsonl, line 2: not "):
             read(tmp_path / "a.jsonl")
 
-    @pytest.mark.parametrize(
-        ("name", "reason"), [("a.jsonl", "line 2: longer than"), ("a.txt", "larger than")]
-    )
+    @pytest.mark.parametrize(("name", "reason"), [("a.jsonl", "line 2: longer than"), ("a.txt", "larger than")])
     def test_a_gigabyte_in_one_line_is_not_read(self, tmp_path, name, reason):
         with (tmp_path / name).open("wb") as file:
             file.write(b'{"text": "a"}\n')

@@ -150,8 +150,7 @@ def test_only_exits_catches_everything() -> None:
     def broad(handler: ast.ExceptHandler) -> bool:
         kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
         return any(
-            kind is None or (isinstance(kind, ast.Name) and kind.id in ("Exception", "BaseException"))
-            for kind in kinds
+            kind is None or (isinstance(kind, ast.Name) and kind.id in ("Exception", "BaseException")) for kind in kinds
         )
 
     found = [
@@ -221,9 +220,7 @@ def test_every_flag_can_be_read_and_every_setting_has_a_flag() -> None:
     from llmpare.cli.app import app
 
     commands = typer.main.get_command(app).commands
-    named = {
-        settings.canonical(parameter.name) for name in ("quantize", "plan") for parameter in commands[name].params
-    }
+    named = {settings.canonical(parameter.name) for name in ("quantize", "plan") for parameter in commands[name].params}
     assert named - {"config", "help"} == settings.PARSERS.keys() - {"layers"}
 
 

@@ -29,7 +29,11 @@ def zygote() -> Iterator[tiny.Zygote]:
     ids=["gptq", "tuned, writes torn in half"],
 )
 def test_29_killed_at_every_durable_operation(
-    zygote: tiny.Zygote, tmp_path: Path, options: tuple[str, ...], torn: bool, record_property: Callable[[str, object], None]
+    zygote: tiny.Zygote,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    torn: bool,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """After each death OUT is absent or complete, and the same command makes it what an undisturbed run makes it."""
     model, text = tiny.llama(tmp_path / "model"), tiny.texts(tmp_path)

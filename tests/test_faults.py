@@ -33,9 +33,7 @@ from llmpare.cli import exits
 from llmpare.cli.progress import Watcher
 from llmpare.compress import calibration, run
 from llmpare.compress.checkpoint.read import Checkpoint
-from llmpare.compress.checkpoint.write import CheckpointWriter
 from llmpare.compress.model.replay import Replay
-from llmpare.compress.streams import Stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -181,9 +179,7 @@ def place(folder: Path, tensor: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["missing", "file"])
-def test_01_model_missing_or_a_file(
-    llmpare: Llmpare, tmp_path: Path, out: Path, text: tiny.Text, kind: str
-) -> None:
+def test_01_model_missing_or_a_file(llmpare: Llmpare, tmp_path: Path, out: Path, text: tiny.Text, kind: str) -> None:
     path = tmp_path / "my model"
     if kind == "file":
         path.write_text("x")
@@ -352,9 +348,7 @@ def test_08_truncated(llmpare: Llmpare, broken: Path, out: Path, text: tiny.Text
         ("<!DOCTYPE html><body>404 Not Found</body>", "is an HTML page"),
     ],
 )
-def test_08_something_else(
-    llmpare: Llmpare, broken: Path, out: Path, text: tiny.Text, content: str, said: str
-) -> None:
+def test_08_something_else(llmpare: Llmpare, broken: Path, out: Path, text: tiny.Text, content: str, said: str) -> None:
     (broken / "model.safetensors").write_text(content)
     refused_by_all(llmpare, broken, out, text, 3, "model.safetensors", said)
 

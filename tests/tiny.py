@@ -223,7 +223,7 @@ def _child(place: Path, arguments: list[str], signum: int, at: int, torn: bool, 
     try:
         _print_to(1, stdout or str(place / "out"))
         _print_to(2, str(place / "err"))
-        sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8") for fd in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", encoding="utf-8") for fd in (1, 2))
         _interrupt(signum, at, torn)
         status = main(arguments)
         sys.stdout.flush()

@@ -64,9 +64,7 @@ def test_a_gate_that_fails_leaves_the_report_as_the_one_result(llmpare: Run) -> 
 
 
 @pytest.mark.parametrize(("behaviour", "error"), [("bug", "KeyError"), ("os-bug", "OSError")])
-def test_a_bug_of_ours_leaves_its_traceback_in_a_file(
-    llmpare: Run, tmp_path: Path, behaviour: str, error: str
-) -> None:
+def test_a_bug_of_ours_leaves_its_traceback_in_a_file(llmpare: Run, tmp_path: Path, behaviour: str, error: str) -> None:
     done = llmpare(behaviour, *QUANTIZE, environment={"TMPDIR": str(tmp_path)})
     assert done.returncode == 1
     assert f"a bug in llmpare: {error}" in done.stderr

@@ -30,10 +30,7 @@ def test_shares(written: object, fraction: float) -> None:
 @pytest.mark.parametrize(
     ("parse", "written"),
     [
-        *(
-            (values.size, bad)
-            for bad in ("", "GB", "-1GB", "1e9", "12 potatoes", "0", "1,5GB", None, True, [1], "nan")
-        ),
+        *((values.size, bad) for bad in ("", "GB", "-1GB", "1e9", "12 potatoes", "0", "1,5GB", None, True, [1], "nan")),
         # A bare 2 could be 2 % or 200 %, a bare 97 is a forgotten sign: neither is guessed at.
         *((values.share, bad) for bad in ("2", 97, "1", 1.0, "-1%", "nan%", "inf", "%", "two%", True, None)),
         *((values.limit, bad) for bad in ("-0.1", "nan", "inf", "x", True, None, [0.1])),

@@ -24,9 +24,7 @@ def tokenizer() -> Any:
 
 
 def windows(dataset: Path, tokenizer: Any, *, part: str = "calibration", max_length: int = 1024, **spec: Any):
-    return load(
-        TextSpec(str(dataset), **spec), tokenizer, vocab_size=VOCABULARY, part=part, max_length=max_length
-    )
+    return load(TextSpec(str(dataset), **spec), tokenizer, vocab_size=VOCABULARY, part=part, max_length=max_length)
 
 
 def write_rows(path: Path, *rows: object) -> Path:
@@ -95,9 +93,7 @@ class TestText:
         assert result.ids[0].tolist() == ids_of(PROSE, plain)[:8]
 
     @pytest.mark.parametrize(("max_length", "seqlen"), [(128, 128), (4096, 2048)])
-    def test_the_default_length_is_2048_or_what_the_model_allows(
-        self, tmp_path, tokenizer, max_length, seqlen
-    ):
+    def test_the_default_length_is_2048_or_what_the_model_allows(self, tmp_path, tokenizer, max_length, seqlen):
         (tmp_path / "a.txt").write_text(PROSE * 200)
         assert windows(tmp_path / "a.txt", tokenizer, max_length=max_length).ids.shape[1] == seqlen
 

@@ -135,9 +135,7 @@ def resolve_with(tmp_path: Path) -> Resolve:
                 result = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
             print(json.dumps(result))
         """
-        kept = {
-            name: value for name, value in os.environ.items() if "proxy" not in name.lower() and name[:3] != "HF_"
-        }
+        kept = {name: value for name, value in os.environ.items() if "proxy" not in name.lower() and name[:3] != "HF_"}
         settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         done = subprocess.run(
             [sys.executable, "-c", code, model, json.dumps(revision)],

@@ -188,9 +188,7 @@ def test_surroundings_do_not_matter(
         assert stat.S_IMODE(path.stat().st_mode) == full & ~umask, path
 
 
-def test_the_current_folder_may_change_meanwhile(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_current_folder_may_change_meanwhile(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with Workspace(Path("out"), force=False, restart=False) as workspace:
         monkeypatch.chdir("/")

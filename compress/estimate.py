@@ -114,14 +114,14 @@ def needs(
     text = request.calibration.dataset != NO_TEXT
     windows = (request.calibration.nsamples or DEFAULT_WINDOWS["calibration"]) if text else 0
     watched = request.evaluation.nsamples or DEFAULT_WINDOWS["evaluation"]
-    batch = max(batch_tokens("cpu"), seqlen)
+    batch = min(max(batch_tokens("cpu"), seqlen), max(windows, watched) * seqlen)
     widths = max(sum(linear.rows for linear in linears) for linears in of_block)
     return Needs(
         process=PROCESS,
         weights=outside + 3 * max(blocks),
         statistics=(4 * grams * (2 if dense_too else 1)) if text else 0,
         # the stack that is solved at once holds at most two of the widest matrices, in half a dozen float32 copies
-        solving=4 * (12 * widest + 4 * columns * columns),
+        solving=4 * (12 * widest + (4 * columns * columns if text else 0)),
         forward=batch * (3 * widths + 6 * hidden) * size + batch * seqlen * 4,
         evaluation=2 * watched * seqlen * hidden * size + 4 * logit_tokens("cpu") * vocabulary * 4,
         stream_per_token=hidden * size * (2 if dense_too else 1),

@@ -1,6 +1,7 @@
 """The rules of the house, checked on the sources: who may import whom, who prints, who catches, what help costs."""
 
 import ast
+import importlib.metadata
 import resource
 import subprocess
 import sys
@@ -225,8 +226,8 @@ def test_every_flag_can_be_read_and_every_setting_has_a_flag() -> None:
 
 
 def test_reports_and_the_wheel_name_the_same_version() -> None:
-    with open(ROOT / "pyproject.toml", "rb") as file:
-        assert tomllib.load(file)["project"]["version"] == VERSION
+    """As installed, which is what `pip show` tells a user; stale metadata means the package must be installed anew."""
+    assert importlib.metadata.version("llmpare") == VERSION
 
 
 def test_the_wheel_has_every_package_there_is() -> None:

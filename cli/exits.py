@@ -78,7 +78,7 @@ def _explain(error: Exception, output: Output) -> int:
         code = next((number for kind, number in EXIT_CODES if isinstance(error, kind)), BUG)
     elif isinstance(error, typer.TyperException):
         message, hint, code = error.format_message(), "llmpare --help, llmpare COMMAND --help", USAGE
-    elif isinstance(error, MemoryError):
+    elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in message:  # torch has no type for the latter
         message, hint, code = "out of memory", "see --max-memory, --nsamples and --seqlen", MEMORY
     elif isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         place = "" if error.filename is None else f"{error.filename}: "

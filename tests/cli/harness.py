@@ -64,6 +64,7 @@ RAISED: dict[str, Exception] = {
     "memory": errors.MemoryLimitError("too big"),
     "busy": errors.BusyError("pid 1 is at it"),
     "python-memory": MemoryError(),
+    "torch-memory": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
     "disk-full": OSError(28, "No space left on device", "out/w4.partial/x"),
     "bug": KeyError("surprise"),
     "os-bug": OSError(9, "Bad file descriptor"),

@@ -35,6 +35,7 @@ def test_a_finished_run(llmpare: Run) -> None:
         ("disk-full", 5, "error: out/w4.partial/x: No space left on device\n"),
         ("memory", 6, "error: too big\n"),
         ("python-memory", 6, "error: out of memory\n"),
+        ("torch-memory", 6, "error: out of memory\n"),
         ("busy", 7, "error: pid 1 is at it\n"),
     ],
 )

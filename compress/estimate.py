@@ -6,7 +6,8 @@ not far off; tests compare it with what runs really took.
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,12 @@ PROCESS = 480 * 2**20  # an interpreter with torch and transformers imported
 SEQUENTIAL = 16 * 2**30  # bytes of activations that may wait inside a block for its linears to be solved
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # enough to keep the device busy, little enough to stay small
 _LOGIT_TOKENS = {"cpu": 512, "cuda": 4096}
+
+
+# Measured, and rounded up. Copies in float32 that a solver holds at its peak: of the weights, of their Gram matrix.
+_COPIES = {"rtn:solve": (5, 1), "gptq:solve": (12, 8)}
+_TUNED_WEIGHT = 48  # bytes: the weight, its place, offset, gradients and the two moments of Adam
+_TUNED_OUTPUTS = 7  # what automatic differentiation keeps, in units of what the linears put out
 
 
 def batch_tokens(device: str) -> int:
@@ -105,9 +112,8 @@ def needs(
     outside = sum(tensors[name].nbytes + tensors[name].numel * size for name in layout.outside)
     blocks = [sum(tensors[name].nbytes for name in block) for block in layout.blocks]
     of_block = [layout.of_block(index) for index in range(len(blocks))]
-    widest = max(linear.rows * linear.columns for linear in layout.linears)
-    inputs = [{(n.name.rpartition(".")[0], n.columns) for n in linears} for linears in of_block]
-    grams = max(sum(columns * columns for _, columns in unique) for unique in inputs)
+    stacks = [_stacks(linears) for linears in of_block]
+    grams = max(sum(columns * columns for _, columns in found) for found in stacks)
     columns = max(linear.columns for linear in layout.linears)
     method = quantize.find(request.method)
     dense_too = method.tuner is not None or bool(dict(request.options).get("correction"))
@@ -120,8 +126,10 @@ def needs(
         process=PROCESS,
         weights=outside + 3 * max(blocks),
         statistics=(4 * grams * (2 if dense_too else 1)) if text else 0,
-        # the stack that is solved at once holds at most two of the widest matrices, in half a dozen float32 copies
-        solving=4 * (12 * widest + (4 * columns * columns if text else 0)),
+        solving=max(
+            max(_solving(rows, columns, method, text) for found in stacks for rows, columns in found),
+            _tuning(of_block, batch * widths * size) if method.tuner else 0,
+        ),
         forward=batch * (3 * widths + 6 * hidden) * size + batch * seqlen * 4,
         evaluation=2 * watched * seqlen * hidden * size + 4 * logit_tokens("cpu") * vocabulary * 4,
         stream_per_token=hidden * size * (2 if dense_too else 1),
@@ -130,6 +138,26 @@ def needs(
         # by what the machine has, not by what is free now: the same command must take the same path again
         waiting_limit=min(SEQUENTIAL, (request.max_memory or memory.physical()) // 4),
     )
+
+
+def _stacks(linears: Sequence[Linear]) -> list[tuple[int, int]]:
+    """(rows, columns) of the matrices that a block's linears are solved as: one for all that read the same input."""
+    rows: dict[tuple[str, int], int] = defaultdict(int)
+    for linear in linears:
+        rows[linear.name.rpartition(".")[0], linear.columns] += linear.rows
+    return [(total, columns) for (_, columns), total in rows.items()]
+
+
+def _solving(rows: int, columns: int, method: quantize.Method, text: bool) -> int:
+    """Bytes that solving one matrix takes at its peak."""
+    of_weight, of_gram = _COPIES[method.solver]
+    return 4 * (of_weight * rows * columns + (of_gram * columns * columns if text else 0))
+
+
+def _tuning(of_block: Sequence[Sequence[Linear]], outputs: int) -> int:
+    """Bytes that tuning a block takes. outputs: those of all its linears' outputs, for the tokens of one step."""
+    weights = max(sum(linear.rows * linear.columns for linear in linears) for linears in of_block)
+    return _TUNED_WEIGHT * weights + _TUNED_OUTPUTS * outputs
 
 
 def disk_free(out: Path) -> int:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 GIB = 2**30
 
+_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # M_MMAP_THRESHOLD and M_ARENA_MAX of malloc.h
+_LARGE = 4 * 2**20  # bytes; mapping costs page faults, which for blocks of this size cost less than using them
+
 
 def available() -> int:
     """Bytes this process can still allocate: the least of free memory, control-group limit and address-space limit."""
@@ -67,12 +70,24 @@ def _address_space() -> int | None:
     return soft - mapped
 
 
-def trim() -> None:
-    """Gives memory that was freed back to the system, where the allocator can be told to (glibc).
+def keep_lean() -> None:
+    """Has every large allocation of this process mapped on its own, so that freeing it gives it back at once (glibc).
 
-    Activations come and go by the megabyte; between those that stay they leave holes that glibc keeps.
+    glibc would otherwise learn, from the first large block that is freed, to carve the next ones out of its heap, where
+    activations that come and go by the megabyte leave holes between those that stay; and it would give threads that
+    allocate at the same time heaps of their own, each as large as it ever was.
     """
+    _libc("mallopt", _MMAP_THRESHOLD, _LARGE)
+    _libc("mallopt", _ARENA_MAX, 1)
+
+
+def trim() -> None:
+    """Gives memory that was freed in smaller pieces back to the system, where the allocator can be told to (glibc)."""
+    _libc("malloc_trim", 0)
+
+
+def _libc(function: str, *arguments: int) -> None:
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None)[function](*arguments)
     except AttributeError:  # another C library
         return

@@ -47,6 +47,7 @@ def run_quantize(request: QuantizeRequest, progress: Progress) -> dict[str, Any]
     nothing or an unfinished output that the same command takes up again.
     """
     transformers.logging.set_verbosity_error()
+    memory.keep_lean()
     progress.phase("planning")
     plan = plan_quantize(request)
     device = devices.find(request.device)

@@ -116,16 +116,19 @@ def _unsupported(architecture: str, why: str) -> InputError:
 
 
 def _build(checkpoint: Checkpoint, architecture: str, dtype: torch.dtype, trust: bool) -> "PreTrainedModel":
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust, local_files_only=True)
-        with init_empty_weights(include_buffers=False):  # rotary frequencies are computed here and in no file
+        with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unsupported(architecture, f"transformers cannot build it from config.json ({error})") from error
-    with torch.no_grad():  # some families computed their buffers in `dtype` just now; loading computes them afresh
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    with torch.no_grad():  # computes what is in no file, rotary frequencies above all; weights are not there to be set
         model.apply(model._init_weights)
     model.tie_weights()
     model.requires_grad_(False)

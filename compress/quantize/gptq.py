@@ -76,17 +76,17 @@ def propagate(
     grids = grid.columns(order, scale, zero, group_size)
     pending = weight.t()[order]  # [columns, rows]: one contiguous row per step
     centred = torch.empty_like(pending)  # codes minus zero points
-    errors = torch.empty_like(pending[:_BLOCK])
+    errors, value = torch.empty_like(pending[:_BLOCK]), torch.empty_like(pending[0])
     shrink = (1 / factor.diagonal()).tolist()
     columns = len(order)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
-        inside, local = pending[start:end], factor[start:end, start:end]
-        for i, (column, code, error) in enumerate(zip(inside, centred[start:end], errors, strict=False)):
+        local = factor[start:end, start:end].t().contiguous()
+        for i, (column, code, error) in enumerate(zip(pending[start:end], centred[start:end], errors, strict=False)):
             at = start + i
-            torch.mul(column, grids.inverse[at], out=code).round_().clamp_(grids.low[at], grids.high[at])
-            torch.addcmul(column, code, grids.scale[at], value=-1, out=error).mul_(shrink[at])
-            inside[i + 1 :].addr_(local[i, i + 1 :], error, alpha=-1)
+            torch.addmv(column, errors[:i].t(), local[i, :i], alpha=-1, out=value)  # what this block has left to absorb
+            torch.mul(value, grids.inverse[at], out=code).round_().clamp_(grids.low[at], grids.high[at])
+            torch.addcmul(value, code, grids.scale[at], value=-1, out=error).mul_(shrink[at])
         pending[end:].addmm_(factor[start:end, end:].t(), errors[: end - start], alpha=-1)
     codes = torch.empty_like(weight)
     codes[:, order] = centred.t()

@@ -38,36 +38,34 @@ def coordinate_descent(
     """
     grids = grid.columns(order, scale, zero, group_size)
     offset = zero.repeat_interleave(group_size, dim=1)
-    expanded = scale.repeat_interleave(group_size, dim=1)
-    quantized = ((codes - offset) * expanded).t()[order]  # [columns, rows]: one contiguous row per step
+    centred = (codes - offset).t()[order]  # [columns, rows]: one contiguous row per step
     gram = gram[order][:, order]
+    quantized = ((codes - offset) * scale.repeat_interleave(group_size, dim=1)).t()[order]
     gradient = gram @ (weight.t()[order] - quantized)  # [columns, rows]
+    del quantized
     sharpness = (1 / gram.diagonal()).tolist()
-    changes = torch.empty_like(gradient[:_BLOCK])
+    moves, changes = torch.empty_like(gradient[:_BLOCK]), torch.empty_like(gradient[:_BLOCK])  # in codes, in weights
     value = torch.empty_like(gradient[0])
     columns = len(order)
     for _ in range(sweeps):
         moved = torch.zeros((), device=weight.device)
         for start in range(0, columns, _BLOCK):
             end = min(start + _BLOCK, columns)
-            local, inside = gram[start:end, start:end], gradient[start:end]
-            for i, (slope, present, change) in enumerate(zip(inside, quantized[start:end], changes, strict=False)):
+            local = gram[start:end, start:end]
+            for i, (slope, present, move) in enumerate(zip(gradient[start:end], centred[start:end], moves, strict=False)):
                 at = start + i
-                torch.add(present, slope, alpha=sharpness[at], out=value).mul_(grids.inverse[at])
-                value.round_().clamp_(grids.low[at], grids.high[at]).mul_(grids.scale[at])
-                torch.sub(value, present, out=change)
-                present.copy_(value)
-                inside[i + 1 :].addr_(local[i, i + 1 :], change, alpha=-1)
-            done = changes[: end - start]
-            moved += done.abs().amax()
-            inside.addmm_(local.triu(), done, alpha=-1)  # what each row still lacks: its own change and later ones
-            gradient[:start].addmm_(gram[:start, start:end], done, alpha=-1)
-            gradient[end:].addmm_(gram[end:, start:end], done, alpha=-1)
+                torch.addmv(slope, changes[:i].t(), local[i, :i], alpha=-1, out=value)  # what this block has changed
+                torch.addcmul(present, value, grids.inverse[at], value=sharpness[at], out=value)
+                torch.sub(value.round_().clamp_(grids.low[at], grids.high[at]), present, out=move)
+                torch.mul(move, grids.scale[at], out=changes[i])
+            moved += moves[: end - start].abs().amax()
+            centred[start:end] += moves[: end - start]
+            gradient.addmm_(gram[:, start:end], changes[: end - start], alpha=-1)
         if not moved:
             break
     better = torch.empty_like(codes)
-    better[:, order] = quantized.t()
-    return better.div_(expanded).round_().add_(offset)
+    better[:, order] = centred.t()
+    return better.add_(offset)
 
 
 def refit_scales(weight: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, grid: IntGrid) -> Tensor:

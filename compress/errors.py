@@ -25,6 +25,10 @@ class InputError(LlmpareError):
     """A model, a text or a partial output that cannot be used as it is."""
 
 
+class UnsupportedError(InputError):
+    """A model of a kind that cannot be worked on block by block."""
+
+
 class GateError(LlmpareError):
     """The work is done and published, but an accuracy gate (or --strict) rejects it."""
 

@@ -32,6 +32,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of pack: int32 [rows, words] → uint8 [rows, count]."""
+    if 8 % bits == 0:  # no value straddles two bytes: several times faster
+        octets = packed.contiguous().view(torch.uint8)
+        codes = octets.new_empty(*octets.shape, 8 // bits)
+        for i in range(8 // bits):
+            codes[:, :, i] = (octets >> (i * bits)) & (2**bits - 1)
+        return codes.flatten(1)[:, :count]
     rows = packed.shape[0]
     padding = words(-(-count // 32) * 32, bits) - packed.shape[1]
     runs = torch.nn.functional.pad(packed, (0, padding)).reshape(rows, -1, bits)

@@ -4,19 +4,47 @@ Blocks are the numbered tensors that hold most parameters (`model.layers.7.…`)
 weights inside them. Whatever does not look like that is refused here, by name, before any work.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from llmpare.compress.checkpoint.read import Checkpoint, TensorInfo
-from llmpare.compress.errors import InputError
+from llmpare.compress.checkpoint.files import clipped
+from llmpare.compress.errors import InputError, UnsupportedError
 
 SUPPORTED = (
     "Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3 (text), Phi-3, OPT, GPT-2, GPT-NeoX and decoders built like them"
 )
 _FLOATS = ("F32", "F16", "BF16")
+
+
+class Header(Protocol):
+    """What is known of a tensor before it is read. dtype as safetensors spells it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Source(Protocol):
+    """What a model is built from: a Checkpoint, or a DenseSource that decodes one. tensors: by name."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Header]: ...
 
 
 @dataclass(frozen=True)
@@ -55,18 +83,28 @@ class Layout:
 
 
 def find(config: Mapping[str, Any], *names: str, default: Any = None) -> Any:
-    """The first of several names of the same setting that the config has: families disagree on spelling."""
-    return next((config[name] for name in names if config.get(name) is not None), default)
+    """The first of several names of the same size that the config has: families disagree on spelling.
+
+    Raises InputError for a size that is no whole number from 0.
+    """
+    name = next((name for name in names if config.get(name) is not None), None)
+    if name is None:
+        return default
+    if isinstance(config[name], bool) or not isinstance(config[name], int) or config[name] < 0:
+        raise InputError(
+            f"config.json: {name} is {clipped(repr(config[name]))}, and a whole number is needed", "download it again"
+        )
+    return config[name]
 
 
-def layout(checkpoint: Checkpoint) -> Layout:
+def layout(checkpoint: Source) -> Layout:
     """The structure of a checkpoint. Raises InputError when it is none that can be compressed."""
     config = checkpoint.config
     architecture = _architecture(config)
     _refuse_quantized(config)
     prefix, numbered = _blocks(checkpoint.tensors, architecture)
     count = find(config, "num_hidden_layers", "n_layer", "n_layers", default=len(numbered))
-    if sorted(numbered)[:count] != list(range(count)) or count == 0:
+    if not 0 < count <= len(numbered) or any(index not in numbered for index in range(count)):
         raise InputError(
             f"config.json promises {count} blocks, the weights hold {len(numbered)} under {prefix!r}",
             "the checkpoint is incomplete: download it again",
@@ -110,11 +148,11 @@ def _refuse_quantized(config: Mapping[str, Any]) -> None:
         )
 
 
-def _unsupported(architecture: str, why: str) -> InputError:
-    return InputError(f"architecture {architecture} is not supported: {why}", f"supported: {SUPPORTED}")
+def _unsupported(architecture: str, why: str) -> UnsupportedError:
+    return UnsupportedError(f"architecture {architecture} is not supported: {why}", f"supported: {SUPPORTED}")
 
 
-def _blocks(tensors: Mapping[str, TensorInfo], architecture: str) -> tuple[str, dict[int, list[str]]]:
+def _blocks(tensors: Mapping[str, Header], architecture: str) -> tuple[str, dict[int, list[str]]]:
     """The prefix whose numbered children hold most parameters, and their tensors by number."""
     found: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     weight: dict[str, int] = defaultdict(int)
@@ -122,14 +160,14 @@ def _blocks(tensors: Mapping[str, TensorInfo], architecture: str) -> tuple[str, 
         match = re.match(r"(.*?)\.?(\d+)\.", name)
         if match:
             found[match[1]][int(match[2])].append(name)
-            weight[match[1]] += info.numel
+            weight[match[1]] += math.prod(info.shape)
     if not found:
         raise _unsupported(architecture, "its tensors are not numbered by block")
     prefix = max(weight, key=lambda key: weight[key])
     return prefix, found[prefix]
 
 
-def _linears(checkpoint: Checkpoint, architecture: str, index: int, block: tuple[str, ...]) -> list[Linear]:
+def _linears(checkpoint: Source, architecture: str, index: int, block: tuple[str, ...]) -> list[Linear]:
     found = []
     for name in block:
         info = checkpoint.tensors[name]
@@ -152,7 +190,7 @@ def _linears(checkpoint: Checkpoint, architecture: str, index: int, block: tuple
     return linears
 
 
-def _stored_transposed(checkpoint: Checkpoint, weights: list[TensorInfo]) -> bool:
+def _stored_transposed(checkpoint: Source, weights: list[Header]) -> bool:
     """Whether a block stores [input, output] (Conv1D): its biases then have the length of the second dimension."""
     for info in weights:
         bias = checkpoint.tensors.get(info.name.removesuffix("weight") + "bias")

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmpare.compress.checkpoint.read import Checkpoint
-from llmpare.compress.errors import InputError
-from llmpare.compress.model.layout import SUPPORTED, Layout
+from llmpare.compress.checkpoint.files import clipped
+from llmpare.compress.errors import InputError, UnsupportedError
+from llmpare.compress.model.layout import SUPPORTED, Layout, Source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Skeleton:
@@ -25,9 +25,7 @@ class Skeleton:
     every tensor the model claims; tensors it does not claim (extra prediction heads) are absent.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype, device: torch.device, *, trust: bool
-    ):
+    def __init__(self, checkpoint: Source, layout: Layout, dtype: torch.dtype, device: torch.device, *, trust: bool):
         self.dtype, self.device = dtype, device
         self.model = _build(checkpoint, layout.architecture, dtype, trust)
         self.names = _names(self.model, checkpoint)
@@ -111,19 +109,30 @@ class Skeleton:
                 raise _unsupported(layout.architecture, f"{linear.name} is a {kind} of {list(stored)}, not a linear")
 
 
-def _unsupported(architecture: str, why: str) -> InputError:
-    return InputError(f"architecture {architecture} is not supported: {why}", f"supported: {SUPPORTED}")
+def _unsupported(architecture: str, why: str) -> UnsupportedError:
+    return UnsupportedError(f"architecture {architecture} is not supported: {why}", f"supported: {SUPPORTED}")
 
 
-def _build(checkpoint: Checkpoint, architecture: str, dtype: torch.dtype, trust: bool) -> "PreTrainedModel":
-    from transformers import AutoConfig, AutoModelForCausalLM
+def read_config(source: Source, trust: bool) -> "PretrainedConfig":
+    """config.json without what it says of quantization, which would change the modules. trust: run its own code."""
+    from transformers import AutoConfig
+
+    config: PretrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust, local_files_only=True)
+    for name in ("quantization_config", "compression_config"):
+        vars(config).pop(name, None)
+    return config
+
+
+def _build(checkpoint: Source, architecture: str, dtype: torch.dtype, trust: bool) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust, local_files_only=True)
+        config = read_config(checkpoint, trust)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unsupported(architecture, f"transformers cannot build it from config.json ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = clipped(" ".join(str(error).split()))
+        raise _unsupported(architecture, f"transformers cannot build it from config.json ({reason})") from error
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -136,7 +145,7 @@ def _build(checkpoint: Checkpoint, architecture: str, dtype: torch.dtype, trust:
     return model
 
 
-def _names(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, str]:
+def _names(model: "PreTrainedModel", checkpoint: Source) -> dict[str, str]:
     """Checkpoint name → parameter name, by transformers' own rules."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

@@ -14,8 +14,9 @@ demo: $(INSTALLED)
 	@echo
 	@cat out/tiny-llama-w4/report.md
 
+# One thread for each of two workers: most tests are small, and start faster than threads do.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -31,5 +32,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): a few minutes, once."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch==2.13.0
-	@$(PIP) -c constraints.txt -e '.[data,dev]'
+	@$(PIP) -c constraints.txt -e '.[data,dev,eval]'
 	@touch $@

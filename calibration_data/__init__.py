@@ -7,7 +7,7 @@ says what they hold. A row has one of the shapes of ACCEPTED; whatever else it c
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,16 @@ class Message:
 
 @dataclass(frozen=True)
 class Row:
-    """One document: exactly one of text, messages, input_ids is set. place: where it stands, for errors."""
+    """One document: exactly one of text, messages, input_ids is set.
+
+    place: where it stands, for errors. kind: what sort of text it is, for those who ask by kind.
+    """
 
     place: str
     text: str | None = None
     messages: tuple[Message, ...] | None = None
     input_ids: tuple[int, ...] | None = None
+    kind: str | None = None
 
 
 def bundled(part: str) -> Path:
@@ -81,6 +85,11 @@ def parse_row(row: object, place: str) -> Row:
     """The document in one row of a data set. Raises InputError for a shape that is not one of ACCEPTED."""
     if not isinstance(row, dict):
         raise InputError(f"{place}: a row must be an object, this one is {_kind(row)}", f"accepted: {ACCEPTED}")
+    kind = row.get("kind")
+    return replace(_document(row, place), kind=kind if isinstance(kind, str) else None)
+
+
+def _document(row: dict[str, Any], place: str) -> Row:
     given = {key for key, value in row.items() if value is not None}
     if "input_ids" in given:
         return Row(place, input_ids=_token_ids(row["input_ids"], place))

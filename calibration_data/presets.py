@@ -95,7 +95,7 @@ def rows(dataset: str, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
             f"the data set {dataset!r} needs the package 'datasets', which is not installed",
             f"pip install 'llmpare[data]', or: {BUNDLED_INSTEAD}",
         )
-    offline = _offline(dataset)
+    cached_only = offline(dataset, BUNDLED_INSTEAD)
     import datasets as hub
 
     try:
@@ -103,7 +103,7 @@ def rows(dataset: str, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
         wanted = source.calibration if part == "calibration" else source.evaluation
         # The cache holds whole data sets only; offline, streaming could not find anything.
         table = hub.load_dataset(
-            source.path, source.config, split=wanted.split, streaming=source.streaming and not offline
+            source.path, source.config, split=wanted.split, streaming=source.streaming and not cached_only
         )
         selected = islice(table, wanted.start, wanted.stop)
         if source.joined:
@@ -137,11 +137,11 @@ def _hub_source(hub: ModuleType, dataset: str) -> HubSource:
     return HubSource(path, config or None, Rows(calibration), Rows(evaluation))
 
 
-def _offline(dataset: str) -> bool:
+def offline(dataset: str, instead: str) -> bool:
     """Whether the user has asked for cached data only; if not, InputError when the hub cannot be reached.
 
-    Asking before `datasets` is imported keeps the answer under ten seconds; the library itself retries for
-    half a minute.
+    dataset: what the hub is needed for. instead: what works without, for the hint. Asking before `datasets` is
+    imported keeps the answer under ten seconds; the library itself retries for half a minute.
     """
     from huggingface_hub import constants
 
@@ -150,7 +150,7 @@ def _offline(dataset: str) -> bool:
     if not _reachable(constants.ENDPOINT):
         raise InputError(
             f"{dataset!r} is not a local file, and the hub at {constants.ENDPOINT} cannot be reached",
-            f"{BUNDLED_INSTEAD}; HF_HUB_OFFLINE=1 uses what was downloaded before",
+            f"{instead}; HF_HUB_OFFLINE=1 uses what was downloaded before",
         )
     return False
 

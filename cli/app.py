@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from llmpare.cli import flags, requests, settings
+from llmpare.cli import flags, pruning, requests, settings
 from llmpare.cli.output import Output
 from llmpare.cli.progress import Watcher
 from llmpare.cli.settings import Settings
@@ -82,12 +82,12 @@ def quantize(
     no_color: flags.NoColor = None,
 ) -> None:
     """Store the weights of MODEL in a few bits each, and measure what that costs."""
-    output, chosen = _begin(ctx)
+    output, chosen = _begin(ctx, settings.QUANTIZE)
     request = requests.quantize_request(chosen)
     if chosen.get("dry-run"):
         _show_plan(output, request)
     else:
-        _show_report(output, request, _run(output, request))
+        _show_report(output, request.out, _run(output, request))
 
 
 @app.command()
@@ -118,9 +118,137 @@ def plan(
     no_color: flags.NoColor = None,
 ) -> None:
     """Show what quantize would do with every tensor, and the memory, disk and time it would take."""
-    output, chosen = _begin(ctx)
+    output, chosen = _begin(ctx, settings.QUANTIZE)
     assumed = requests.beside(settings.required(chosen, "model", "MODEL"))
     _show_plan(output, requests.quantize_request(chosen, assumed))
+
+
+@app.command()
+def prune(
+    ctx: typer.Context,
+    model: flags.Model = None,
+    out: flags.Out = None,
+    ffn: flags.Ffn = None,
+    heads: flags.Heads = None,
+    hidden: flags.Hidden = None,
+    layers: flags.Layers = None,
+    drop_layers: flags.DropLayers = None,
+    experts: flags.Experts = None,
+    round_to: flags.RoundTo = None,
+    target_params: flags.TargetParams = None,
+    target_size: flags.TargetSize = None,
+    sparsity: flags.Sparsity = None,
+    pattern: flags.Pattern = None,
+    allocation: flags.Allocation = None,
+    method: flags.PruneMethod = None,
+    refit: flags.Refit = None,
+    damping: flags.PruneDamping = None,
+    iterations: flags.Iterations = None,
+    then: flags.Then = None,
+    group_size: flags.ThenGroupSize = None,
+    format: flags.ThenFormat = None,
+    ignore: flags.Ignore = None,
+    dataset: flags.Dataset = None,
+    nsamples: flags.Nsamples = None,
+    seqlen: flags.Seqlen = None,
+    chat_template: flags.ChatTemplate = None,
+    eval_dataset: flags.EvalDataset = None,
+    eval_nsamples: flags.EvalNsamples = None,
+    max_kl: flags.MaxKl = None,
+    max_perplexity_increase: flags.MaxPerplexityIncrease = None,
+    min_agreement: flags.MinAgreement = None,
+    max_size: flags.MaxSize = None,
+    device: flags.Device = None,
+    dtype: flags.Dtype = None,
+    seed: flags.Seed = None,
+    max_memory: flags.MaxMemory = None,
+    revision: flags.Revision = None,
+    trust_remote_code: flags.TrustRemoteCode = None,
+    allow_nonfinite: flags.AllowNonfinite = None,
+    config: flags.Config = None,
+    dry_run: flags.DryRun = None,
+    force: flags.Force = None,
+    restart: flags.Restart = None,
+    strict: flags.Strict = None,
+    json: flags.Json = None,
+    quiet: flags.Quiet = None,
+    no_color: flags.NoColor = None,
+) -> None:
+    """Remove channels, heads or blocks of MODEL, or set weights to zero, with the least loss without training."""
+    output, chosen = _begin(ctx, settings.PRUNE)
+    request = pruning.prune_request(chosen)
+    if chosen.get("dry-run"):
+        from llmpare.compress.plan import plan_prune
+
+        planned = plan_prune(request)
+        output.lines(planned.lines(), planned.to_json())
+        return
+    watcher = Watcher(output)
+    watcher.phase("starting")  # importing the engine imports torch, which takes seconds
+    try:
+        from llmpare.compress.run import run_prune
+
+        report = run_prune(request, watcher)
+    finally:
+        watcher.done()
+    _show_report(output, request.out, report)
+
+
+@app.command()
+def evaluate(
+    ctx: typer.Context,
+    models: flags.Models = None,
+    baseline: flags.Baseline = None,
+    out: flags.ReportOut = None,
+    text: flags.TextFiles = None,
+    eval_dataset: flags.EvalDataset = None,
+    nsamples: flags.WindowsMeasured = None,
+    seqlen: flags.Seqlen = None,
+    save_baseline: flags.SaveBaseline = None,
+    top_k: flags.TopK = None,
+    tasks: flags.Tasks = None,
+    limit: flags.Limit = None,
+    num_fewshot: flags.NumFewshot = None,
+    include: flags.Include = None,
+    task_batch_size: flags.TaskBatchSize = None,
+    speed: flags.Speed = None,
+    engines: flags.Engines = None,
+    batch_sizes: flags.BatchSizes = None,
+    prompt_lengths: flags.PromptLengths = None,
+    variations: flags.Variations = None,
+    new_tokens: flags.NewTokens = None,
+    repeats: flags.Repeats = None,
+    max_kl: flags.MaxKl = None,
+    max_perplexity_increase: flags.MaxPerplexityIncrease = None,
+    min_agreement: flags.MinAgreement = None,
+    min_recovery: flags.MinRecovery = None,
+    max_size: flags.MaxSize = None,
+    min_tokens_per_second: flags.MinTokensPerSecond = None,
+    junit: flags.Junit = None,
+    against: flags.Against = None,
+    device: flags.Device = None,
+    dtype: flags.Dtype = None,
+    max_memory: flags.MaxMemory = None,
+    revision: flags.Revision = None,
+    trust_remote_code: flags.TrustRemoteCode = None,
+    config: flags.Config = None,
+    strict: flags.Strict = None,
+    json: flags.Json = None,
+    quiet: flags.Quiet = None,
+    no_color: flags.NoColor = None,
+) -> None:
+    """Measure what each MODEL lost and gained: accuracy, speed and size, against the original if one is named."""
+    output, chosen = _begin(ctx, settings.EVALUATE)
+    request = requests.evaluate_request(chosen)
+    watcher = Watcher(output)
+    watcher.phase("starting")  # importing the engine imports torch, which takes seconds
+    try:
+        from llmpare.compress.evaluate.run import run_evaluate
+
+        report = run_evaluate(request, watcher)
+    finally:
+        watcher.done()
+    _show_report(output, request.out, report)
 
 
 @app.command()
@@ -128,7 +256,7 @@ def inspect(ctx: typer.Context, folder: flags.Folder, json: flags.Json = None, n
     """Show what a checkpoint holds: format, schemes, sizes, bits per weight."""
     from llmpare.compress import inspect as inspection
 
-    output, _ = _begin(ctx)
+    output, _ = _begin(ctx, settings.LOOK)
     facts = inspection.inspect(Path(folder))
     output.lines(inspection.lines(facts), facts)
 
@@ -144,17 +272,17 @@ def verify(
     """Read back every file of a finished output and compare it with its manifest."""
     from llmpare.compress.checkpoint.manifest import verify as check
 
-    output, _ = _begin(ctx)
+    output, _ = _begin(ctx, settings.LOOK)
     manifest = check(Path(folder))
     files, tensors = len(manifest["files"]), len(manifest["tensors"])
     output.note(f"{files} files and {tensors} tensors are as they were written")
     output.path(Path(folder), {"command": "verify", "path": folder, "files": files, "tensors": tensors})
 
 
-def _begin(ctx: typer.Context) -> tuple[Output, Settings]:
+def _begin(ctx: typer.Context, parsers: settings.Parsers) -> tuple[Output, Settings]:
     """The output, told what the flags say about it, and the settings of this command."""
     output: Output = ctx.obj
-    chosen = settings.collect({name: value for name, value in ctx.params.items() if name != "folder"})
+    chosen = settings.collect({name: value for name, value in ctx.params.items() if name != "folder"}, parsers)
     output.configure(
         as_json=chosen.get("json", False),
         quiet=chosen.get("quiet", False),
@@ -183,14 +311,18 @@ def _run(output: Output, request: QuantizeRequest) -> dict[str, Any]:
         watcher.done()
 
 
-def _show_report(output: Output, request: QuantizeRequest, report: dict[str, Any]) -> None:
-    """Show a finished run; raises GateError when a gate or --strict rejects it."""
+def _show_report(output: Output, out: Path | None, report: dict[str, Any]) -> None:
+    """Show a finished run; raises GateError when a gate or --strict rejects it. out: where its files lie, if it has."""
     from llmpare.compress.report import gates, headline, markdown
 
     for line in headline.lines(report):
         output.note(line)
-    output.note(f"written     {request.out}")
     output.step_summary(markdown.render(report))
-    output.path(request.out, report)
+    if out is None:
+        output.report(report)
+    else:
+        output.note(f"written     {out}")
+        output.path(out, report)
     if not report["passed"]:
-        raise GateError("; ".join(gates.reasons(report)), f"the output and its report are kept in {request.out}")
+        kept = "the report is complete" if out is None else f"the output and its report are kept in {out}"
+        raise GateError("; ".join(gates.reasons(report)), kept)

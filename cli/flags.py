@@ -58,6 +58,90 @@ Ignore = Annotated[
     list[str] | None, value("--ignore", metavar="REGEX", help="Leave these linears dense; may be repeated.")
 ]
 
+Sparsity = Annotated[Text, value("--sparsity", metavar="X", help="Mask: set this share of weights to zero, as 0.5.")]
+Pattern = Annotated[Text, value("--pattern", metavar="N:M", help="Mask: keep N of every M weights, as 2:4.")]
+Allocation = Annotated[
+    Text, value("--allocation", metavar="NAME", help="Mask: uniform (default), or measured: more where it costs less.")
+]
+PruneMethod = Annotated[
+    Text, value("--method", metavar="NAME", help="Mask: magnitude, wanda, sparsegpt or alps (default).")
+]
+Refit = Annotated[
+    Switch, switch("--refit/--no-refit", help="Mask: refit what stays; the default of sparsegpt and alps.")
+]
+PruneDamping = Annotated[Text, value("--damping", metavar="X", help="sparsegpt, alps: damping of the Gram matrix.")]
+Iterations = Annotated[Text, value("--iterations", metavar="N", help="alps: iterations per matrix (20).")]
+Then = Annotated[Text, value("--then", metavar="SCHEME", help="Mask: quantize what stays in the same pass, as W4A16.")]
+ThenGroupSize = Annotated[Text, value("--group-size", metavar="N", help="--then: 32, 64, 128 (default), or -1.")]
+ThenFormat = Annotated[
+    Text, value("--format", metavar="NAME", help="--then: compressed-tensors (default), gptq or dense.")
+]
+Ffn = Annotated[Text, value("--ffn", metavar="X", help="Shape: keep this share of the FFN channels, as 0.75.")]
+Heads = Annotated[Text, value("--heads", metavar="X", help="Shape: keep this share of the attention heads.")]
+Hidden = Annotated[Text, value("--hidden", metavar="X", help="Shape: keep this share of the residual channels.")]
+Layers = Annotated[Text, value("--layers", metavar="N", help="Shape: keep N blocks.")]
+DropLayers = Annotated[Text, value("--drop-layers", metavar="N-M,...", help="Shape: leave out these blocks, from 0.")]
+Experts = Annotated[Text, value("--experts", metavar="N", help="Shape: keep N experts of every mixture.")]
+RoundTo = Annotated[Text, value("--round-to", metavar="N", help="Shape: round widths up to a multiple of N (128).")]
+TargetParams = Annotated[
+    Text, value("--target-params", metavar="N", help="Shape: whatever costs least to get down to N, as 6B.")
+]
+TargetSize = Annotated[Text, value("--target-size", metavar="SIZE", help="The same for the size of the weights.")]
+
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="MODEL...", help="Folders with config.json, or hub names.", show_default=False),
+]
+Baseline = Annotated[
+    Text, value("--baseline", metavar="MODEL|FOLDER", help="The original model, or what --save-baseline kept of it.")
+]
+ReportOut = Annotated[Text, value("-o", "--out", metavar="FOLDER", help="Write report.json, .md and .html there.")]
+TextFiles = Annotated[
+    list[str] | None, value("--text", metavar="FILE", help="Text to measure on, whole; may be repeated.")
+]
+WindowsMeasured = Annotated[Text, value("--nsamples", metavar="N", help="Only the first N windows of the text.")]
+SaveBaseline = Annotated[
+    Text, value("--save-baseline", metavar="FOLDER", help="Keep the baseline's predictions for later runs.")
+]
+TopK = Annotated[Text, value("--top-k", metavar="N", help="Tokens per position that --save-baseline keeps (64).")]
+Tasks = Annotated[list[str] | None, value("--tasks", metavar="NAMES", help="Tasks of lm-eval, as arc_easy,hellaswag.")]
+Limit = Annotated[Text, value("--limit", metavar="N", help="Documents per task.")]
+NumFewshot = Annotated[Text, value("--num-fewshot", metavar="N", help="Examples in front of each question.")]
+Include = Annotated[Text, value("--include", metavar="PATH", help="Folder or file with tasks as YAML.")]
+TaskBatchSize = Annotated[Text, value("--task-batch-size", metavar="N", help="Sequences at a time in tasks (8).")]
+Speed = Annotated[Switch, switch("--speed", help="Measure latency, throughput and memory.")]
+Engines = Annotated[
+    list[str] | None,
+    value("--engines", metavar="NAMES", help="For --speed: transformers (default), vllm, onnxruntime, llama.cpp."),
+]
+BatchSizes = Annotated[
+    list[str] | None,
+    value("--batch-sizes", metavar="N,...", help="For --speed; default: 1, 2, 4, ... until memory ends."),
+]
+PromptLengths = Annotated[
+    list[str] | None, value("--prompt-lengths", metavar="N,...", help="For --speed, in tokens (128,512).")
+]
+Variations = Annotated[
+    list[str] | None,
+    value(
+        "--variations",
+        metavar="NAMES",
+        help="For --speed; default: static, off (caches), compiled, eager, flash_attention_2, continuous.",
+    ),
+]
+NewTokens = Annotated[Text, value("--new-tokens", metavar="N", help="For --speed: tokens generated (32).")]
+Repeats = Annotated[Text, value("--repeats", metavar="N", help="For --speed: runs of everything (5).")]
+MinRecovery = Annotated[
+    Text, value("--min-recovery", metavar="X%", help="Gate: every task's score against the baseline's.")
+]
+MinTokensPerSecond = Annotated[
+    Text, value("--min-tokens-per-second", metavar="X", help="Gate: the highest throughput of generation.")
+]
+Junit = Annotated[Text, value("--junit", metavar="FILE", help="Write the gates as JUnit XML.")]
+Against = Annotated[
+    Text, value("--against", metavar="FILE", help="An earlier report.json: exit 4 on what got worse beyond noise.")
+]
+
 Dataset = Annotated[
     Text,
     value("--dataset", metavar="NAME|PATH", help="Calibration: bundled (default), preset, hub name, or file."),

@@ -140,6 +140,11 @@ class Output:
             self._say("complete: ", "", str(path))
             raise
 
+    def report(self, data: Mapping[str, Any]) -> None:
+        """A result that is in no file: shown with --json; people have read its figures on stderr."""
+        if self._as_json:
+            self.result("", data)
+
     def version(self, number: str) -> None:
         self.result(f"llmpare {number}", {"version": number})
 

@@ -3,12 +3,14 @@
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from llmpare.cli import values
 from llmpare.cli.settings import METHOD_OPTIONS, Settings, canonical, check_names, required
 from llmpare.compress.errors import UsageError
+from llmpare.compress.evaluate.request import EvaluateRequest, SpeedRequest, TasksRequest, TextRequest
 from llmpare.compress.quantize import resolve
 from llmpare.compress.request import (
     BUNDLED,
@@ -47,7 +49,7 @@ def quantize_request(settings: Settings, out: Path | None = None) -> QuantizeReq
     )
     method = _method(settings)
     options = {name.replace("-", "_"): settings[name] for name in METHOD_OPTIONS if name in settings}
-    ignored = tuple(LayerRule(_regex(pattern, "--ignore"), None) for pattern in settings.get("ignore", ()))
+    ignored = tuple(LayerRule(regex(pattern, "--ignore"), None) for pattern in settings.get("ignore", ()))
     seqlen = settings.get("seqlen")
     return QuantizeRequest(
         model=model,
@@ -75,16 +77,76 @@ def quantize_request(settings: Settings, out: Path | None = None) -> QuantizeReq
         revision=settings.get("revision"),
         trust_remote_code=settings.get("trust-remote-code", False),
         allow_nonfinite=settings.get("allow-nonfinite", False),
-        gates=Gates(
-            max_kl=settings.get("max-kl"),
-            max_perplexity_increase=settings.get("max-perplexity-increase"),
-            min_agreement=settings.get("min-agreement"),
-            max_size=settings.get("max-size"),
-        ),
+        gates=gates(settings),
         strict=settings.get("strict", False),
         force=settings.get("force", False),
         restart=settings.get("restart", False),
     )
+
+
+def evaluate_request(settings: Settings) -> EvaluateRequest:
+    """What to do, from settings of `llmpare evaluate`. Raises UsageError for missing and contradicting settings."""
+    required(settings, "models", "MODEL")
+    if "text" in settings and "eval-dataset" in settings:
+        raise UsageError("--text and --eval-dataset are both the text to measure on", "give one of the two")
+    if "top-k" in settings and "save-baseline" not in settings:
+        raise UsageError("--top-k belongs to --save-baseline", "leave it out, or add --save-baseline FOLDER")
+    datasets = settings.get("text") or (settings.get("eval-dataset", BUNDLED),)
+    return EvaluateRequest(
+        models=settings["models"],
+        baseline=settings.get("baseline"),
+        out=_path(settings, "out"),
+        text=TextRequest(datasets, settings.get("nsamples"), settings.get("seqlen")),
+        save_baseline=_path(settings, "save-baseline"),
+        tasks=_tasks(settings),
+        speed=_speed(settings),
+        gates=gates(settings),
+        junit=_path(settings, "junit"),
+        against=_path(settings, "against"),
+        device=settings.get("device", "auto"),
+        dtype=settings.get("dtype", "auto"),
+        max_memory=settings.get("max-memory"),
+        revision=settings.get("revision"),
+        trust_remote_code=settings.get("trust-remote-code", False),
+        strict=settings.get("strict", False),
+        **given(settings, {"top-k": "top_k"}),
+    )
+
+
+def _tasks(settings: Settings) -> TasksRequest | None:
+    options = given(settings, {"limit": "limit", "num-fewshot": "num_fewshot", "task-batch-size": "batch_size"})
+    if "include" in settings:
+        options["include"] = Path(settings["include"])
+    if "tasks" in settings:
+        return TasksRequest(settings["tasks"], **options)
+    if options:
+        raise UsageError("--limit, --num-fewshot, --include and --task-batch-size belong to --tasks", "name some tasks")
+    return None
+
+
+def _speed(settings: Settings) -> SpeedRequest | None:
+    names = ("engines", "batch-sizes", "prompt-lengths", "variations", "new-tokens", "repeats")
+    options = given(settings, {name: name.replace("-", "_") for name in names})
+    if settings.get("speed"):
+        return SpeedRequest(**options)
+    if options:
+        name = next(iter(options)).replace("_", "-")
+        raise UsageError(f"--{name} belongs to --speed", "add --speed, or leave it out")
+    return None
+
+
+def gates(settings: Settings) -> Gates:
+    """The limits that are given."""
+    return Gates(**given(settings, {field.name.replace("_", "-"): field.name for field in fields(Gates)}))
+
+
+def given(settings: Settings, names: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that are given, under the names that a request has for them."""
+    return {field: settings[name] for name, field in names.items() if name in settings}
+
+
+def _path(settings: Settings, name: str) -> Path | None:
+    return Path(settings[name]) if name in settings else None
 
 
 def beside(model: str) -> Path:
@@ -114,7 +176,7 @@ def _rule(entry: Mapping[str, object], base: Scheme) -> LayerRule:
         raise UsageError(f"{where}: {error}") from None
     if "match" not in parsed:
         raise UsageError("layers: an entry has no 'match'", "write '- match: REGEX' and what holds for those layers")
-    pattern = _regex(parsed.pop("match"), where)
+    pattern = regex(parsed.pop("match"), where)
     if parsed.pop("dense", False):
         if parsed:
             raise UsageError(f"{where}: 'dense' leaves nothing to set, yet it has {', '.join(parsed)}")
@@ -134,7 +196,8 @@ def _rule(entry: Mapping[str, object], base: Scheme) -> LayerRule:
     )
 
 
-def _regex(pattern: str, where: str) -> str:
+def regex(pattern: str, where: str) -> str:
+    """The pattern, if it is a regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:

@@ -27,9 +27,47 @@ ALIASES = {
 
 METHOD_OPTIONS = tuple(sorted({option.replace("_", "-") for method in METHODS.values() for option in method.defaults}))
 
-PARSERS: Mapping[str, Callable[[object], Any]] = {
+Parsers = Mapping[str, Callable[[object], Any]]
+
+# What every command that runs a model takes.
+_RUN: Parsers = {
+    "nsamples": values.positive,
+    "seqlen": values.positive,
+    "device": values.device,
+    "dtype": values.dtype,
+    "max-memory": values.size,
+    "revision": values.text,
+    "trust-remote-code": values.flag,
+    "max-kl": values.limit,
+    "max-perplexity-increase": values.share,
+    "min-agreement": values.share,
+    "max-size": values.size,
+    "strict": values.flag,
+    "json": values.flag,
+    "quiet": values.flag,
+    "no-color": values.flag,
+}
+
+# What every command that writes a checkpoint takes besides.
+_COMPRESS: Parsers = {
+    **_RUN,
     "model": values.path,
     "out": values.path,
+    "format": values.text,
+    "ignore": values.texts,
+    "dataset": values.path,
+    "chat-template": values.flag,
+    "eval-dataset": values.path,
+    "eval-nsamples": values.positive,
+    "seed": values.whole,
+    "allow-nonfinite": values.flag,
+    "dry-run": values.flag,
+    "force": values.flag,
+    "restart": values.flag,
+}
+
+QUANTIZE: Parsers = {
+    **_COMPRESS,
     "scheme": values.text,
     "bits": values.whole,
     "group-size": values.whole,
@@ -37,35 +75,61 @@ PARSERS: Mapping[str, Callable[[object], Any]] = {
     "method": values.text,
     "best": values.flag,
     **dict.fromkeys(METHOD_OPTIONS, values.number),
-    "format": values.text,
-    "ignore": values.texts,
     "layers": values.mappings,
-    "dataset": values.path,
-    "nsamples": values.positive,
-    "seqlen": values.positive,
-    "chat-template": values.flag,
-    "eval-dataset": values.path,
-    "eval-nsamples": values.positive,
-    "device": values.device,
-    "dtype": values.dtype,
-    "seed": values.whole,
-    "max-memory": values.size,
-    "revision": values.text,
-    "trust-remote-code": values.flag,
-    "allow-nonfinite": values.flag,
-    "max-kl": values.limit,
-    "max-perplexity-increase": values.share,
-    "min-agreement": values.share,
-    "max-size": values.size,
     "desc-act": values.flag,
-    "dry-run": values.flag,
-    "force": values.flag,
-    "restart": values.flag,
-    "strict": values.flag,
-    "json": values.flag,
-    "quiet": values.flag,
-    "no-color": values.flag,
 }
+
+PRUNE: Parsers = {
+    **_COMPRESS,
+    "sparsity": values.share,
+    "pattern": values.text,
+    "allocation": values.text,
+    "method": values.text,
+    "refit": values.flag,
+    "damping": values.number,
+    "iterations": values.number,
+    "then": values.text,
+    "group-size": values.whole,
+    "ffn": values.share,
+    "heads": values.share,
+    "hidden": values.share,
+    "layers": values.positive,
+    "drop-layers": values.numbers,
+    "experts": values.positive,
+    "round-to": values.positive,
+    "target-params": values.count,
+    "target-size": values.size,
+}
+
+EVALUATE: Parsers = {
+    **_RUN,
+    "models": values.paths,
+    "baseline": values.path,
+    "out": values.path,
+    "text": values.paths,
+    "eval-dataset": values.path,
+    "save-baseline": values.path,
+    "top-k": values.positive,
+    "tasks": values.names,
+    "limit": values.positive,
+    "num-fewshot": values.whole,
+    "include": values.path,
+    "task-batch-size": values.positive,
+    "speed": values.flag,
+    "engines": values.names,
+    "batch-sizes": values.positives,
+    "prompt-lengths": values.positives,
+    "variations": values.names,
+    "new-tokens": values.positive,
+    "repeats": values.positive,
+    "min-recovery": values.share,
+    "min-tokens-per-second": values.limit,
+    "junit": values.path,
+    "against": values.path,
+}
+
+# Commands that look at a folder and run nothing.
+LOOK: Parsers = {"json": values.flag, "quiet": values.flag, "no-color": values.flag}
 
 
 def canonical(name: str) -> str:
@@ -74,16 +138,17 @@ def canonical(name: str) -> str:
     return ALIASES.get(name, name)
 
 
-def collect(params: Mapping[str, object]) -> Settings:
+def collect(params: Mapping[str, object], parsers: Parsers) -> Settings:
     """The settings of one command: its parameters by Python name, over the file that `config` names, if any.
 
-    A parameter that was not given is None or an empty list. Raises UsageError for values that cannot be read, and
-    for a config file that is missing, is not YAML, or has keys that do not exist.
+    parsers: for every name the command, or the one whose file it shares, has. A parameter that was not given is None
+    or an empty list. Raises UsageError for values that cannot be read, and for a config file that is missing, is not
+    YAML, or has keys that do not exist.
     """
     given = {canonical(name): value for name, value in params.items() if value not in (None, ()) and value != []}
     config = given.pop("config", None)
-    settings = _parse(_read_yaml(Path(str(config))), f"{config}: ") if config else {}
-    return settings | _parse(given, "--")
+    settings = _parse(_read_yaml(Path(str(config)), parsers), f"{config}: ", parsers) if config else {}
+    return settings | _parse(given, "--", parsers)
 
 
 def required(settings: Settings, name: str, how: str) -> str:
@@ -103,18 +168,18 @@ def check_names(names: Iterable[str], valid: Iterable[str], where: str) -> None:
             raise UsageError(f"{where}: there is no '{name}'", f"{meant}valid: {', '.join(valid)}")
 
 
-def _parse(raw: Mapping[str, object], prefix: str) -> dict[str, Any]:
+def _parse(raw: Mapping[str, object], prefix: str, parsers: Parsers) -> dict[str, Any]:
     parsed = {}
     for name, value in raw.items():
         try:
-            parsed[name] = PARSERS[name](value)
+            parsed[name] = parsers[name](value)
         except ValueError as error:
-            place = "MODEL" if (prefix, name) == ("--", "model") else f"{prefix}{name}"
+            place = "MODEL" if prefix == "--" and name in ("model", "models") else f"{prefix}{name}"
             raise UsageError(f"{place}: {error}, got {value!r}") from None
     return parsed
 
 
-def _read_yaml(path: Path) -> dict[str, object]:
+def _read_yaml(path: Path, parsers: Parsers) -> dict[str, object]:
     import yaml
 
     try:
@@ -132,7 +197,7 @@ def _read_yaml(path: Path) -> dict[str, object]:
         raise UsageError(f"{path}: the same name is given twice, perhaps in two spellings")
     if "sym" in keyed:
         keyed["asym"] = _opposite(keyed, path)
-    check_names(keyed, PARSERS, str(path))
+    check_names(keyed, parsers, str(path))
     return keyed
 
 

@@ -95,9 +95,53 @@ def size(value: object) -> int:
     return result
 
 
+def count(value: object) -> int:
+    """How many: '6B' is 6·10⁹, '350M' is 350·10⁶, a bare number is itself."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", str(value).upper())
+    scale = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+    if isinstance(value, bool) or match is None or (result := round(float(match[1]) * scale[match[2]])) < 1:
+        raise ValueError("expected a count such as 6B, 350M or 1200000")
+    return result
+
+
+def numbers(value: object) -> tuple[int, ...]:
+    """Whole numbers from 0 and ranges of them: '3', '20-27', '3,5,20-27'; each once, in order."""
+    expected = "expected numbers and ranges such as 3,20-27"
+    found: set[int] = set()
+    for part in value if isinstance(value, list | tuple) else str(value).split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6}))?\s*", str(part))
+        if isinstance(part, bool) or match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise ValueError(expected)
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(found))
+
+
 def texts(value: object) -> tuple[str, ...]:
     """One text, or a list of them."""
     return tuple(text(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+
+def paths(value: object) -> tuple[str, ...]:
+    """One path or hub name, or a list of them."""
+    return tuple(path(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+
+def names(value: object) -> tuple[str, ...]:
+    """Names with commas between them, or a list of such."""
+    found = tuple(name.strip() for item in texts(value) for name in item.split(","))
+    if "" in found:
+        raise ValueError("expected names with commas between them")
+    return found
+
+
+def positives(value: object) -> tuple[int, ...]:
+    """Whole numbers from 1 with commas between them, or a list of such."""
+    items = value if isinstance(value, list | tuple) else [value]
+    parts = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
+    try:
+        return tuple(positive(part) for part in parts)
+    except ValueError:
+        raise ValueError("expected whole numbers from 1 with commas between them") from None
 
 
 def mappings(value: object) -> tuple[dict[str, object], ...]:

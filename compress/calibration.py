@@ -74,7 +74,7 @@ def load(spec: TextSpec, tokenizer: Any, *, vocab_size: int, part: str, max_leng
         raise InputError(f"{spec.dataset}: no text, 0 tokens, and {wanted} are needed", "give it some text")
     rows = chain([first], rows)
     if first.input_ids is not None:
-        ids, source = _given_windows(rows, spec, DEFAULT_WINDOWS[part], vocab_size, max_length)
+        ids, source = given_windows(rows, spec, DEFAULT_WINDOWS[part], vocab_size, max_length)
     else:
         ids, source = _text_windows(rows, spec, DEFAULT_WINDOWS[part], tokenizer, vocab_size, max_length)
     text = tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)
@@ -108,10 +108,15 @@ def _run_hashes(ids: "NDArray[np.int64]") -> "NDArray[np.uint64]":
     return hashes
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files in a model folder that a tokenizer can be loaded from."""
+    patterns = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json")
+    return [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a model folder. Raises InputError, naming the file, when it is missing or corrupt."""
-    patterns = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json")
-    files = [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
+    files = tokenizer_files(folder)
     hint = "copy the tokenizer files of the original model into the folder"
     if not files:
         raise InputError(f"{folder}: no tokenizer in the model folder, expected tokenizer.json", hint)
@@ -155,13 +160,19 @@ class _CorruptTokenizer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        damage = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
+        from huggingface_hub.errors import StrictDataclassError
+
+        damage = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError)
+        reason = " ".join(str(error).split())
+        if isinstance(error, (ArithmeticError, StrictDataclassError)):  # loading a tokenizer looks at config.json too
+            raise InputError(
+                f"{self.file.with_name('config.json')} is no configuration of a model: {reason}"
+            ) from error
         if kind is Exception or isinstance(error, damage):
-            reason = next(iter(str(error).splitlines()), "")
             raise InputError(f"{self.file} cannot be loaded as a tokenizer: {reason}", self.hint) from error
 
 
-def _given_windows(
+def given_windows(
     rows: Iterable[Row], spec: TextSpec, default: int, vocab_size: int, max_length: int
 ) -> tuple["NDArray[np.int64]", dict[str, Any]]:
     """The first rows of ids, cut to one length, and what the report's source says about them."""
@@ -174,7 +185,7 @@ def _given_windows(
     for row in rows:
         if row.input_ids is None:
             raise InputError(f"{row.place}: text after rows of input_ids", "put them into files of their own")
-        _check_vocabulary(max(row.input_ids), vocab_size, row.place)
+        check_vocabulary(max(row.input_ids), vocab_size, row.place)
         if len(kept) < wanted:
             kept.append(row.input_ids)
         lengths.setdefault(len(row.input_ids), row.place)
@@ -182,7 +193,7 @@ def _given_windows(
         tokens += len(row.input_ids)
     seqlen = _common_length(lengths, spec.seqlen, max_length)
     if count < (spec.nsamples or 1):
-        raise _too_short(spec.dataset, tokens, wanted, seqlen)
+        raise too_short(spec.dataset, tokens, wanted, seqlen)
     ids = np.array([row[:seqlen] for row in kept], dtype=np.int64)
     source = {"sha256": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(), "rows": count, "bos": None}
     return ids, {**source, "tokens_available": tokens, "short": count < wanted, "whole": True}
@@ -217,7 +228,7 @@ def _text_windows(
     stream, source = _tokenize(texts, tokenizer, vocab_size, wanted * seqlen, spec.dataset)
     available = len(stream) // seqlen
     if available < (spec.nsamples or 1):
-        raise _too_short(spec.dataset, len(stream), spec.nsamples or 1, seqlen)
+        raise too_short(spec.dataset, len(stream), spec.nsamples or 1, seqlen)
     count = min(wanted, available)
     chosen = np.arange(count) * available // count
     ids = stream[: available * seqlen].reshape(available, seqlen)[chosen].astype(np.int64)
@@ -239,7 +250,7 @@ def _tokenize(
         batch = ["\n\n" + text if rows + index else text for index, text in enumerate(batch)]
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int64)
-        _check_vocabulary(int(ids.max(initial=0)), vocab_size, f"{dataset}: the tokenizer")
+        check_vocabulary(int(ids.max(initial=0)), vocab_size, f"{dataset}: the tokenizer")
         if rows == 0 and ids[:1].tolist() == [bos]:  # a chat template has put it there already
             pieces.clear()
         pieces.append(ids.astype(np.int32))
@@ -271,7 +282,7 @@ def _texts(rows: Iterable[Row], template_of: Any, dataset: str) -> Iterator[str]
     while batch := list(islice(rows, BATCH_ROWS)):
         spoken = [row for row in batch if row.messages is not None]
         dialogues = dialogues or bool(spoken)
-        rendered = iter(_render(spoken, template_of) if template_of and spoken else map(_paragraphs, spoken))
+        rendered = iter(_render(spoken, template_of) if template_of and spoken else map(paragraphs, spoken))
         for row in batch:
             if row.input_ids is not None:
                 raise InputError(f"{row.place}: input_ids after rows of text", "put them into separate files")
@@ -280,11 +291,11 @@ def _texts(rows: Iterable[Row], template_of: Any, dataset: str) -> Iterator[str]
         raise InputError(f"{dataset}: no row has roles for the chat template", "leave out --chat-template")
 
 
-def _paragraphs(row: Row) -> str:
+def paragraphs(row: Row) -> str:
     return "\n\n".join(f"{message.role}: {message.content}" for message in row.messages or ())
 
 
-def _check_vocabulary(largest: int, vocab_size: int, place: str) -> None:
+def check_vocabulary(largest: int, vocab_size: int, place: str) -> None:
     if largest >= vocab_size:
         raise InputError(
             f"{place}: token id {largest} is outside the model's vocabulary of {vocab_size}",
@@ -292,7 +303,7 @@ def _check_vocabulary(largest: int, vocab_size: int, place: str) -> None:
         )
 
 
-def _too_short(dataset: str, tokens: int, windows: int, seqlen: int) -> InputError:
+def too_short(dataset: str, tokens: int, windows: int, seqlen: int) -> InputError:
     return InputError(
         f"{dataset}: {tokens} tokens, and {windows} windows of {seqlen} need {windows * seqlen}",
         "give more text, or lower --nsamples or --seqlen",

@@ -1,10 +1,16 @@
 """Where the tensors are worked on."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from llmpare.compress import memory
-from llmpare.compress.errors import UsageError
+from llmpare.compress.errors import LlmpareError, UsageError
 from llmpare.compress.estimate import PROCESS
+from llmpare.compress.progress import Progress
+
+_Found = TypeVar("_Found")
 
 
 def find(name: str) -> torch.device:
@@ -36,3 +42,22 @@ def peak(device: torch.device) -> int | None:
 def name(device: torch.device) -> str:
     """What the report calls the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def fitting(
+    work: Callable[[int], _Found], batch: int, progress: Progress, failure: Callable[[int, Exception], LlmpareError]
+) -> _Found:
+    """work(batch), `batch` being windows at a time; once more with half of them if the device runs out of memory.
+
+    failure: from the windows at a time and the error, what to raise if that does not help either.
+    """
+    try:
+        return work(batch)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    half = max(1, batch // 2)
+    progress.warn(f"the device ran out of memory with {batch} windows at a time, trying {half}")
+    try:
+        return work(half)
+    except torch.OutOfMemoryError as error:
+        raise failure(half, error) from error

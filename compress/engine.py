@@ -3,55 +3,56 @@
 For each block: load → advance the dense stream → treat (collect, solve, continue, pack) → write → journal → advance
 the compressed stream. One block is in memory at a time while the next is being read. The dense stream walks through the
 original weights and the compressed one through the new, so the pass that compresses also measures what it cost.
+
+Blocks are numbered as in the source; the plan says which place each has in the output, if any.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from llmpare.compress import memory
 from llmpare.compress.checkpoint.journal import Journal
 from llmpare.compress.checkpoint.read import Checkpoint
-from llmpare.compress.checkpoint.tensors import from_info, to_bytes, to_tensor
+from llmpare.compress.checkpoint.tensors import to_bytes, to_tensor
 from llmpare.compress.checkpoint.write import CheckpointWriter
 from llmpare.compress.clock import Clock
 from llmpare.compress.errors import InputError, OutputError
 from llmpare.compress.estimate import logit_tokens
 from llmpare.compress.evaluate.fidelity import Scores, score
-from llmpare.compress.model.replay import Replay
-from llmpare.compress.model.skeleton import Skeleton
-from llmpare.compress.plan import Plan
+from llmpare.compress.model.models import Models
+from llmpare.compress.planning import Plan
 from llmpare.compress.progress import Progress
 from llmpare.compress.streams import Stream, relative_error
+from llmpare.compress.walk import Walk
 
 OUTSIDE = "outside"  # the journal's name for everything that is no block
 
 
-class BrokenWeights(InputError):
-    """The source holds NaN or infinities: nothing that was begun with it is worth resuming."""
-
-
 class Treatment(Protocol):
-    """What a command does to a block. wants_dense: whether it looks at the original model's stream."""
+    """What a command does to a model. wants_dense: whether it looks at the original model's stream of calibration."""
 
     wants_dense: bool
 
+    def outside(self, source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What becomes of the tensors that belong to no block: what is not returned stays as it is."""
+        ...
+
     def treat(
         self, index: int, source: Mapping[str, Tensor], calibration: Stream | None, dense: Stream | None
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Compresses a loaded block in place and takes calibration and dense past it.
+    ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+        """Compresses a loaded block, leaves the output's model with it, and takes calibration and dense past it.
 
-        Returns the block's new tensors by output name, and facts for the report.
+        Returns the block's new tensors by output name, and facts for the report. What is not returned is copied.
         """
         ...
 
     def restore(self, index: int, stored: Mapping[str, Tensor]) -> None:
-        """Puts what an earlier run wrote for this block into the loaded block."""
+        """Puts what an earlier run stored for this block in a form that is no plain weight into the output's model."""
         ...
 
 
@@ -77,63 +78,58 @@ class Pass:
         source: Checkpoint,
         writer: CheckpointWriter,
         journal: Journal,
-        skeleton: Skeleton,
+        models: Models,
+        treatment: Treatment,
         clock: Clock,
         progress: Progress,
     ) -> None:
         self._plan, self._source, self._writer, self._journal = plan, source, writer, journal
-        self._skeleton, self._clock, self._progress = skeleton, clock, progress
-        self._quantized = {linear.weight for linear in plan.quantized}
+        self._models, self._treatment, self._clock, self._progress = models, treatment, clock, progress
         self.digests: dict[str, str] = {}
         self.records: list[dict[str, Any]] = []
         self._check_journal()
 
-    def outside(self) -> None:
-        """Places embeddings, final norm and head, and carries them over byte for byte."""
-        with self._clock.phase("read"):
-            tensors = self._read(self._plan.layout.outside)
-            self._skeleton.place_outside(tensors)
-        if self._journalled(OUTSIDE, tensors) is None:
-            with self._clock.phase("write"):
-                self._write(OUTSIDE, tensors, tensors, {})
+    def outside(self, source: Mapping[str, Tensor]) -> None:
+        """Writes embeddings, final norm and head, byte for byte unless the treatment changes them.
 
-    def first(self) -> dict[str, Tensor]:
-        """Loads block 0, which shows how blocks of this model behave, and returns its tensors."""
-        tensors = self._read(self._plan.layout.blocks[0])
-        self._skeleton.place(tensors)
-        return tensors
+        source: those tensors, which the dense model has; the output's model gets them here, if it is another.
+        """
+        with self._clock.phase("write"):
+            stored = {**source, **self._treatment.outside(source)}
+            if not self._models.same:
+                self._models.output.skeleton.place_outside(stored)
+            if self._journalled(OUTSIDE, source) is None:
+                self._write(OUTSIDE, stored, source, {})
 
-    def blocks(self, replay: Replay, streams: Streams, treatment: Treatment, first: dict[str, Tensor]) -> None:
-        """Takes every block in turn, and the streams past it. first: what `first` returned."""
-        names = self._plan.layout.blocks
-        tensors = first
-        with ThreadPoolExecutor(1, "prefetch") as reader:
-            for index in range(len(names)):
-                begun = self._clock.total()
-                if index + 1 < len(names):
-                    coming = reader.submit(self._read, names[index + 1])
-                record, resumed = self._block(index, tensors, replay, streams, treatment)
+    def blocks(self, walk: Walk, streams: Streams) -> None:
+        """Takes every block in turn, and the streams past it."""
+        total = len(self._plan.layout.blocks)
+        places = [self._plan.place_of(index) for index in range(total)]
+        last = max((index for index, place in enumerate(places) if place is not None), default=-1)
+        with closing(walk.blocks()) as blocks:
+            begun = self._clock.total()
+            for index, tensors in blocks:
+                record, resumed = self._block(index, tensors, streams)
                 with self._clock.phase("measure"):
-                    streams.compressed.advance(replay, index)
+                    self._advance(streams.compressed, index)
                     self._require_finite(streams.compressed, index)
-                    error = relative_error(streams.dense, streams.compressed)
-                if index + 1 == len(names):
+                    error = relative_error(streams.dense, streams.compressed, self._plan.channels)
+                if index == last:
                     with self._clock.phase("verify"):
-                        self._read_back(index, treatment)
-                self._skeleton.unload(index)
-                memory.trim()
+                        self._read_back(index)
+                place = places[index]
+                if not self._models.same and place is not None:
+                    self._models.output.skeleton.unload(place)
                 seconds = self._clock.total() - begun
                 facts = {"index": index, "relative_error": error, "seconds": seconds, "resumed": resumed}
                 self.records.append({**facts, **record["facts"]})
-                self._progress.block(index, len(names), {"relative_error": error, "seconds": seconds})
-                if index + 1 < len(names):
-                    with self._clock.phase("read"):
-                        tensors = coming.result()
-                        self._skeleton.place(tensors)
+                self._progress.block(index, total, {"relative_error": error, "seconds": seconds})
+                begun = self._clock.total()
 
-    def scores(self, replay: Replay, streams: Streams) -> list[Scores]:
+    def scores(self, streams: Streams) -> list[Scores]:
         """What both models predict at the end of their streams, one entry per window."""
-        step = logit_tokens(self._skeleton.device.type)
+        dense, output = self._models.dense.replay, self._models.output.replay
+        step = logit_tokens(dense.device.type)
         found = []
         for batch, ids in enumerate(streams.dense.ids):
             last = ids.shape[1] - 1  # the last token of a window is followed by nothing
@@ -142,78 +138,66 @@ class Pass:
                 parts = []
                 for start in range(0, last, step):
                     end = min(start + step, last)
-                    before = replay.logits(ids[one], streams.dense.hidden[batch][one], start, end)
-                    after = replay.logits(ids[one], streams.compressed.hidden[batch][one], start, end)
+                    before = dense.logits(ids[one], streams.dense.hidden[batch][one], start, end)
+                    after = output.logits(ids[one], streams.compressed.hidden[batch][one], start, end)
                     parts.append(score(before, after, ids[one, start + 1 : end + 1]))
                 found.append(Scores.join(parts))
         return found
 
-    def _block(
-        self, index: int, tensors: dict[str, Tensor], replay: Replay, streams: Streams, treatment: Treatment
-    ) -> tuple[dict[str, Any], bool]:
+    def _block(self, index: int, tensors: dict[str, Tensor], streams: Streams) -> tuple[dict[str, Any], bool]:
         """Leaves the loaded block compressed and the dense streams past it. Returns its record and whether resumed."""
+        dense = self._models.dense.replay
         with self._clock.phase("measure"):
-            streams.dense.advance(replay, index)
+            streams.dense.advance(dense, index)
             self._require_finite(streams.dense, index)
         done = self._journalled(_unit(index), tensors)
         if done is not None:
             if streams.calibration_dense is not None:
                 with self._clock.phase("advance"):
-                    streams.calibration_dense.advance(replay, index)
+                    streams.calibration_dense.advance(dense, index)
             with self._clock.phase("read"):
-                self._restore(index, treatment)
+                self._restore(index)
             if streams.calibration is not None and index < self._last():
                 with self._clock.phase("advance"):
-                    streams.calibration.advance(replay, index)
+                    self._advance(streams.calibration, index)
             return done, True
-        made, facts = treatment.treat(index, tensors, streams.calibration, streams.calibration_dense)
+        made, facts = self._treatment.treat(index, tensors, streams.calibration, streams.calibration_dense)
         with self._clock.phase("write"):
             stored = {name: made[name] if name in made else tensors[name] for name in self._plan.specs_of(index)}
             return self._write(_unit(index), stored, tensors, facts), False
+
+    def _advance(self, stream: Stream, index: int) -> None:
+        """Takes a stream of the output's model past what became of block `index`."""
+        place = self._plan.place_of(index)
+        if place is not None:
+            stream.advance(self._models.output.replay, place)
 
     def _last(self) -> int:
         """The last block that is still to be done, -1 if there is none: past it, nobody looks at calibration text."""
         blocks = range(len(self._plan.layout.blocks))
         return max((index for index in blocks if _unit(index) not in self._journal.done), default=-1)
 
-    def _restore(self, index: int, treatment: Treatment) -> None:
-        """Loads the block from the output instead of the source."""
+    def _restore(self, index: int) -> None:
+        """Loads what became of a block from the output instead of the source."""
         specs = self._plan.specs_of(index)
         stored = {name: to_tensor(self._writer.read(name), spec.dtype, spec.shape) for name, spec in specs.items()}
-        self._skeleton.place(stored)
-        treatment.restore(index, stored)
+        self._models.output.skeleton.place(stored)
+        self._treatment.restore(index, stored)
 
-    def _read_back(self, index: int, treatment: Treatment) -> None:
+    def _read_back(self, index: int) -> None:
         """Raises OutputError unless the block, read from the output, is what ran in memory, to the last bit."""
-        block = self._skeleton.blocks[index]
+        place = self._plan.place_of(index)
+        if place is None:
+            raise ValueError(f"block {index} is not in the output")
+        block = self._models.output.skeleton.blocks[place]
         ran = dict(block.named_parameters())  # place and restore put new tensors, these stay as they are
-        self._restore(index, treatment)
+        self._restore(index)
         for name, parameter in block.named_parameters():
             if not torch.equal(parameter, ran[name]):
                 raise OutputError(
                     f"block {index}: {name} in the output is not the weight that was computed",
                     "the disk or a bug of ours: verify the disk, then please report it",
                 )
-
-    def _read(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Tensors of the source by name, on the CPU. Raises InputError for NaN and infinities.
-
-        If they are allowed, those in linears to be quantized become 0, for the original model too.
-        """
-        tensors = {name: from_info(self._source.read(name), self._source.tensors[name]) for name in names}
-        for name, tensor in tensors.items():
-            # a finite sum has finite terms only; one that is not may have overflowed, so it is looked at closely
-            if not tensor.is_floating_point() or tensor.sum().isfinite():
-                continue
-            broken = int((~tensor.isfinite()).sum())
-            if broken and not self._plan.request.allow_nonfinite:
-                raise BrokenWeights(
-                    f"{name} holds {broken} values that are NaN or infinite",
-                    "the checkpoint is damaged; --allow-nonfinite counts them as 0 in linears",
-                )
-            if name in self._quantized:
-                tensor.nan_to_num_(0.0, 0.0, 0.0)
-        return tensors
 
     def _write(
         self, unit: str, stored: Mapping[str, Tensor], source: Mapping[str, Tensor], facts: dict[str, Any]

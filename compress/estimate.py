@@ -16,7 +16,7 @@ from llmpare.compress.calibration import DEFAULT_WINDOWS
 from llmpare.compress.checkpoint.header import tensor_bytes
 from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.model.layout import Layout, Linear, find
-from llmpare.compress.request import NO_TEXT, QuantizeRequest, Scheme
+from llmpare.compress.request import NO_TEXT, QuantizeRequest, RunRequest, Scheme
 
 PROCESS = 480 * 2**20  # an interpreter with torch and transformers imported
 SEQUENTIAL = 16 * 2**30  # bytes of activations that may wait inside a block for its linears to be solved
@@ -95,6 +95,23 @@ class Needs:
         return ", ".join(f"{name} {memory.show(size)}" for name, size in parts.items())
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a treatment of blocks holds at its peak.
+
+    weights, grams: float32 copies of the matrix that is being solved, and of its Gram matrix. tunes: trains whole
+    blocks. dense_too: follows the calibration text through the original model as well. twin: the output is a model of
+    its own, with other shapes. followed: tokens whose hidden states a survey holds.
+    """
+
+    weights: int
+    grams: int
+    tunes: bool = False
+    dense_too: bool = False
+    twin: bool = False
+    followed: int = 0
+
+
 def needs(
     checkpoint: Checkpoint,
     layout: Layout,
@@ -105,6 +122,17 @@ def needs(
     seqlen: int,
 ) -> Needs:
     """What quantizing this checkpoint takes. dtype: of the forward passes. seqlen: tokens per window."""
+    method = quantize.find(request.method)
+    tunes = method.tuner is not None
+    correction = bool(dict(request.options).get("correction"))
+    work = Work(*_COPIES[method.solver], tunes=tunes, dense_too=tunes or correction)
+    return needs_of(checkpoint, layout, request, work, dtype=dtype, seqlen=seqlen)
+
+
+def needs_of(
+    checkpoint: Checkpoint, layout: Layout, request: RunRequest, work: Work, *, dtype: str, seqlen: int
+) -> Needs:
+    """What a run takes that treats blocks in this way. dtype: of the forward passes. seqlen: tokens per window."""
     size = tensor_bytes(dtype, (1,))
     tensors = checkpoint.tensors
     hidden = find(checkpoint.config, "hidden_size", "n_embd", "d_model", default=min(n.columns for n in layout.linears))
@@ -115,25 +143,24 @@ def needs(
     stacks = [_stacks(linears) for linears in of_block]
     grams = max(sum(columns * columns for _, columns in found) for found in stacks)
     columns = max(linear.columns for linear in layout.linears)
-    method = quantize.find(request.method)
-    dense_too = method.tuner is not None or bool(dict(request.options).get("correction"))
     text = request.calibration.dataset != NO_TEXT
     windows = (request.calibration.nsamples or DEFAULT_WINDOWS["calibration"]) if text else 0
     watched = request.evaluation.nsamples or DEFAULT_WINDOWS["evaluation"]
     batch = min(max(batch_tokens("cpu"), seqlen), max(windows, watched) * seqlen)
     widths = max(sum(linear.rows for linear in linears) for linears in of_block)
+    both = 2 if work.dense_too else 1
     return Needs(
         process=PROCESS,
-        weights=outside + 3 * max(blocks),
-        statistics=(4 * grams * (2 if dense_too else 1)) if text else 0,
+        weights=(outside + 3 * max(blocks)) * (2 if work.twin else 1),
+        statistics=4 * grams * both if text else 0,
         solving=max(
-            max(_solving(rows, columns, method, text) for found in stacks for rows, columns in found),
-            _tuning(of_block, batch * widths * size) if method.tuner else 0,
+            max(_solving(rows, columns, work, text) for found in stacks for rows, columns in found),
+            _tuning(of_block, batch * widths * size) if work.tunes else 0,
         ),
         forward=batch * (3 * widths + 6 * hidden) * size + batch * seqlen * 4,
-        evaluation=2 * watched * seqlen * hidden * size + 4 * logit_tokens("cpu") * vocabulary * 4,
-        stream_per_token=hidden * size * (2 if dense_too else 1),
-        waiting_per_token=0 if dense_too else size * (columns + 2 * hidden),
+        evaluation=(2 * watched * seqlen + work.followed) * hidden * size + 4 * logit_tokens("cpu") * vocabulary * 4,
+        stream_per_token=hidden * size * both,
+        waiting_per_token=0 if work.dense_too else size * (columns + 2 * hidden),
         tokens=windows * seqlen,
         # by what the machine has, not by what is free now: the same command must take the same path again
         waiting_limit=min(SEQUENTIAL, (request.max_memory or memory.physical()) // 4),
@@ -148,10 +175,9 @@ def _stacks(linears: Sequence[Linear]) -> list[tuple[int, int]]:
     return [(total, columns) for (_, columns), total in rows.items()]
 
 
-def _solving(rows: int, columns: int, method: quantize.Method, text: bool) -> int:
+def _solving(rows: int, columns: int, work: Work, text: bool) -> int:
     """Bytes that solving one matrix takes at its peak."""
-    of_weight, of_gram = _COPIES[method.solver]
-    return 4 * (of_weight * rows * columns + (of_gram * columns * columns if text else 0))
+    return 4 * (work.weights * rows * columns + (work.grams * columns * columns if text else 0))
 
 
 def _tuning(of_block: Sequence[Sequence[Linear]], outputs: int) -> int:

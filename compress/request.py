@@ -102,6 +102,8 @@ class Gates:
     max_perplexity_increase: float | None = None  # fraction of the dense perplexity: 0.02 is 2 %
     min_agreement: float | None = None  # share of positions with the same most likely token, 0…1
     max_size: int | None = None  # bytes of the output's weights
+    min_recovery: float | None = None  # lowest share of a baseline's task score that is kept, 0…1
+    min_tokens_per_second: float | None = None  # highest throughput of generation
 
 
 @dataclass(frozen=True)
@@ -113,16 +115,11 @@ class LayerRule:
 
 
 @dataclass(frozen=True)
-class QuantizeRequest:
-    """Everything `llmpare quantize` needs to know."""
+class RunRequest:
+    """What every command that makes a checkpoint needs to know."""
 
     model: str
     out: Path
-    scheme: Scheme = field(default_factory=Scheme)
-    method: str = "gptq"
-    options: tuple[tuple[str, float], ...] = ()  # the method's own, by name; validated against its registry line
-    format: str = "compressed-tensors"
-    rules: tuple[LayerRule, ...] = ()  # first match wins; --ignore comes first
     calibration: TextSpec = field(default_factory=TextSpec)
     evaluation: TextSpec = field(default_factory=TextSpec)
     device: str = "auto"
@@ -142,5 +139,19 @@ class QuantizeRequest:
         fields = asdict(self)
         for name in ("model", "out", "revision", "max_memory", "gates", "strict", "force", "restart"):
             del fields[name]
-        fields["options"] = dict(self.options)
         return fields
+
+
+@dataclass(frozen=True)
+class QuantizeRequest(RunRequest):
+    """Everything `llmpare quantize` needs to know."""
+
+    scheme: Scheme = field(default_factory=Scheme)
+    method: str = "gptq"
+    options: tuple[tuple[str, float], ...] = ()  # the method's own, by name; validated against its registry line
+    format: str = "compressed-tensors"
+    rules: tuple[LayerRule, ...] = ()  # first match wins; --ignore comes first
+
+    def spec(self) -> dict[str, Any]:
+        """See RunRequest; the options by name."""
+        return {**super().spec(), "options": dict(self.options)}

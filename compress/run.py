@@ -1,19 +1,25 @@
-"""One run, from a request to a published output: what surrounds the engine's loop.
+"""One run, from a request to a published output: what surrounds the engine's loop, whatever the command.
 
 The order is chosen so that whatever can go wrong goes wrong early: plan and texts before the first byte is written,
 the report and the read-back before the output gets its name.
+
+A command is a plan (planning.Plan: fates, sizes, the output's config, its own sections of the report), a treatment
+(engine.Treatment: what happens to a block's tensors) and, where headers are not enough, a survey that looks at the
+model before the first block is treated. A treatment gets two models that run block by block: the dense one and the
+output's. They are one and the same object unless the plan says that the output has other shapes or fewer blocks
+(Plan.reshaped, Plan.place_of); the compressed stream always runs through the output's.
 """
 
 import hashlib
 import json
-import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
+from torch import Tensor
 
 from llmpare.compress import devices, memory
 from llmpare.compress.checkpoint import publish
@@ -22,26 +28,50 @@ from llmpare.compress.checkpoint.read import CONFIG, Checkpoint
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.checkpoint.write import CheckpointWriter
 from llmpare.compress.clock import Clock
-from llmpare.compress.engine import OUTSIDE, BrokenWeights, Pass, Streams
+from llmpare.compress.command import Command
+from llmpare.compress.engine import OUTSIDE, Pass, Streams
 from llmpare.compress.errors import InputError, MemoryLimitError
 from llmpare.compress.estimate import batch_tokens
 from llmpare.compress.evaluate import fidelity
+from llmpare.compress.model.models import Model, Models, Sketch
 from llmpare.compress.model.replay import Replay
 from llmpare.compress.model.skeleton import Skeleton
+from llmpare.compress.outcome import Done, Job, config_digest, describe, weights_digest
 from llmpare.compress.plan import Plan, check_room, plan_quantize
 from llmpare.compress.progress import Progress
+from llmpare.compress.prune.cut import ShrinkRequest
+from llmpare.compress.prune.masking import MASKS
+from llmpare.compress.prune.request import MaskRequest, PruneRequest
+from llmpare.compress.prune.structured import SHRINK
 from llmpare.compress.quantize.block import QuantizeBlocks
-from llmpare.compress.report import build, gates, markdown
-from llmpare.compress.request import QuantizeRequest
+from llmpare.compress.report import build, gates, html, markdown
+from llmpare.compress.request import QuantizeRequest, RunRequest
 from llmpare.compress.streams import Stream
 from llmpare.compress.texts import Texts, read_texts
 from llmpare.compress.version import VERSION
+from llmpare.compress.walk import BrokenWeights, Walk
 
-REPORTS = ("report.json", "report.md")
+REPORTS = ("report.json", "report.md", "report.html")
+SURVEY = "survey"  # the journal's name for what a command learned from the model before the first block
+_Found = TypeVar("_Found")
+
+
+QUANTIZE = Command("quantize", plan_quantize, QuantizeBlocks)
+_PRUNING: dict[type[PruneRequest], Command] = {MaskRequest: MASKS, ShrinkRequest: SHRINK}
 
 
 def run_quantize(request: QuantizeRequest, progress: Progress) -> dict[str, Any]:
-    """Quantizes a checkpoint and returns the report that lies beside the result.
+    """Quantizes a checkpoint: see `run`."""
+    return run(QUANTIZE, request, progress)
+
+
+def run_prune(request: PruneRequest, progress: Progress) -> dict[str, Any]:
+    """Prunes a checkpoint: see `run`."""
+    return run(_PRUNING[type(request)], request, progress)
+
+
+def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, Any]:
+    """Makes a checkpoint and returns the report that lies beside it.
 
     A finished output of the same request is verified and its report returned. Raises LlmpareError, leaving either
     nothing or an unfinished output that the same command takes up again.
@@ -49,7 +79,7 @@ def run_quantize(request: QuantizeRequest, progress: Progress) -> dict[str, Any]
     transformers.logging.set_verbosity_error()
     memory.keep_lean()
     progress.phase("planning")
-    plan = plan_quantize(request)
+    plan = command.plan(request)
     device = devices.find(request.device)
     clock = Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None)
     with clock.phase("text"):
@@ -67,56 +97,36 @@ def run_quantize(request: QuantizeRequest, progress: Progress) -> dict[str, Any]
                 progress.warn(message)
             manifest = workspace.pending(spec)
             if manifest is None:
-                job = _Job(plan, source, texts, device, clock, progress)
+                job = Job(command, plan, source, texts, device, workspace.partial, clock, progress)
                 manifest = _produce(job, spec, workspace)
             workspace.publish(manifest)
     report: dict[str, Any] = json.loads((request.out / REPORTS[0]).read_bytes())
     return report
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What all steps of a run share."""
-
-    plan: Plan
-    source: Checkpoint
-    texts: Texts
-    device: torch.device
-    clock: Clock
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class _Done:
-    """What the engine's pass leaves behind for the report."""
-
-    records: list[dict[str, Any]]
-    digests: dict[str, str]
-    fidelity: dict[str, Any]
-    outside: list[str]  # linear modules that belong to no block
-
-
-def _produce(job: _Job, spec: dict[str, Any], workspace: publish.Workspace) -> dict[str, Any]:
+def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> dict[str, Any]:
     """Fills the workspace and returns its manifest."""
     versions = {"llmpare": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
     begun = {**spec, "versions": versions, "device": job.device.type}
     with Journal(workspace.journal, begun) as journal:
-        with CheckpointWriter(workspace.partial, job.plan.specs) as writer:
-            try:
-                done = _compress(job, writer, journal)
-            except InputError as error:
-                if isinstance(error, BrokenWeights) or not any(unit != OUTSIDE for unit in journal.done):
-                    workspace.journal.unlink()  # nothing that was begun is worth resuming
-                raise
-            job.progress.phase("verifying")
-            with job.clock.phase("verify"):
-                job.source.check_unchanged()
-        _write_files(job, done.outside, workspace.partial)
-        report = _report(job, done)
-        publish.write_file(workspace.partial / REPORTS[0], build.encode(report))
-        publish.write_file(workspace.partial / REPORTS[1], markdown.render(report).encode())
+        try:
+            job = _surveyed(job, journal)
+            with CheckpointWriter(job.folder, job.plan.specs) as writer:
+                done = _fitting(job, journal, lambda batch: _attempt(job, writer, journal, batch))
+        except InputError as error:
+            if isinstance(error, BrokenWeights) or not journal.done.keys() - {OUTSIDE, SURVEY}:
+                workspace.journal.unlink()  # nothing that was begun is worth resuming
+            raise
+        job.progress.phase("verifying")
+        with job.clock.phase("verify"):
+            job.source.check_unchanged()
+        _write_files(job, done.outside)
+        report = describe(job, done)
+        publish.write_file(job.folder / REPORTS[0], build.encode(report))
+        publish.write_file(job.folder / REPORTS[1], markdown.render(report).encode())
+        publish.write_file(job.folder / REPORTS[2], html.render(report).encode())
     return publish.build_manifest(
-        workspace.partial,
+        job.folder,
         spec=spec,
         source={"weights_sha256": report["source"]["weights_sha256"]},
         versions=versions,
@@ -125,54 +135,102 @@ def _produce(job: _Job, spec: dict[str, Any], workspace: publish.Workspace) -> d
     )
 
 
-def _compress(job: _Job, writer: CheckpointWriter, journal: Journal) -> _Done:
-    """The pass itself; once more with half the batch if the device runs out of memory.
+def _surveyed(job: Job, journal: Journal) -> Job:
+    """The job with a plan that leaves nothing open, after a look at the model if the plan needs one."""
+    survey = job.command.survey(job.plan)
+    if survey is None:
+        return job
+    if SURVEY not in journal.done:
 
-    The second attempt takes up what the first one finished, like any other run that was cut short.
+        def look(batch: int) -> Any:
+            model, walk, _ = _load(job)
+            calibration = _enter(job, model, batch)
+            job.progress.phase("surveying")
+            return survey.look(job.plan, walk, model, calibration, job.clock)
+
+        learned = _fitting(job, journal, look)
+        journal.append(SURVEY, {"sha256": {}, "source": dict(job.source.digests), "facts": learned})
+    known = journal.done[SURVEY]
+    job.source.digests.update(known["source"])  # other weights than those that were looked at will be refused
+    return replace(job, plan=survey.settle(job.plan, known["facts"]))
+
+
+def _fitting(job: Job, journal: Journal, work: Callable[[int], _Found]) -> _Found:
+    """work(windows at a time), on whatever batch the device has room for.
+
+    A second attempt takes up what the first one finished, like any other run that was cut short.
     """
-    batch = max(1, batch_tokens(job.device.type) // job.plan.seqlen)
-    try:
-        return _attempt(job, writer, journal, batch)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-    half = max(1, batch // 2)
-    job.progress.warn(f"the device ran out of memory with {batch} windows at a time, trying {half}")
-    try:
-        return _attempt(job, writer, journal, half)
-    except torch.OutOfMemoryError as error:
+
+    def failure(batch: int, error: Exception) -> MemoryLimitError:
         done = sum(unit.startswith("block") for unit in journal.done)
-        raise MemoryLimitError(
+        return MemoryLimitError(
             f"the device ran out of memory in block {done}: {error}",
             "the same command resumes there, with a larger device, fewer --nsamples, or --device cpu",
-        ) from error
+        )
+
+    batch = max(1, batch_tokens(job.device.type) // job.plan.seqlen)
+    return devices.fitting(work, batch, job.progress, failure)
 
 
-def _attempt(job: _Job, writer: CheckpointWriter, journal: Journal, batch: int) -> _Done:
+def _attempt(job: Job, writer: CheckpointWriter, journal: Journal, batch: int) -> Done:
     """One pass over the model with `batch` windows at a time."""
     plan, texts, clock = job.plan, job.texts, job.clock
-    job.progress.phase("loading")
+    dense, walk, outside = _load(job)
+    output = dense if plan.reshaped is None else _output(job, dense)
+    models = Models(dense, output)
+    treatment = job.command.treatment(plan, models, clock)
+    engine = Pass(plan, job.source, writer, journal, models, treatment, clock, job.progress)
+    engine.outside(outside)
     with clock.phase("load"):
-        trust = plan.request.trust_remote_code
-        skeleton = Skeleton(job.source, plan.layout, DTYPES[plan.dtype], job.device, trust=trust)
-    engine = Pass(plan, job.source, writer, journal, skeleton, clock, job.progress)
-    engine.outside()
-    first = engine.first()
-    with clock.phase("load"):
-        replay = Replay(skeleton)
-        treatment = QuantizeBlocks(plan, skeleton, replay, clock)
-        watched = Stream.enter(torch.from_numpy(texts.evaluation.ids), replay, batch)
-        learned = None
-        if texts.calibration is not None:
-            learned = Stream.enter(torch.from_numpy(texts.calibration.ids), replay, batch)
-    twin = learned.fork() if learned is not None and treatment.wants_dense else None
-    streams = Streams(learned, twin, watched, watched.fork())
+        ids = torch.from_numpy(texts.evaluation.ids)
+        watched = Stream.enter(ids, dense.replay, batch)
+        judged = watched.fork() if models.same else Stream.enter(ids, output.replay, batch)
+        learned = _enter(job, output, batch)
+        twin = None
+        if learned is not None and treatment.wants_dense:
+            twin = learned.fork() if models.same else _enter(job, dense, batch)
+    streams = Streams(learned, twin, watched, judged)
     job.progress.phase("compressing")
-    engine.blocks(replay, streams, treatment, first)
+    engine.blocks(walk, streams)
     job.progress.phase("measuring")
     with clock.phase("measure"):
-        scores = engine.scores(replay, streams)
+        scores = engine.scores(streams)
     summary = fidelity.summarise(scores, str(DTYPES[plan.dtype]))
-    return _Done(engine.records, engine.digests, summary, skeleton.outside())
+    return Done(engine.records, engine.digests, summary, output.skeleton.outside())
+
+
+def _load(job: Job) -> tuple[Model, Walk, dict[str, Tensor]]:
+    """The original model, with a way through its blocks and the tensors that belong to none of them."""
+    plan = job.plan
+    job.progress.phase("loading")
+    with job.clock.phase("load"):
+        skeleton = Skeleton(
+            job.source, plan.layout, DTYPES[plan.dtype], job.device, trust=plan.request.trust_remote_code
+        )
+    walk = Walk(plan, job.source, skeleton, job.clock)
+    outside = walk.outside()
+    with job.clock.phase("load"):
+        return Model(skeleton, Replay(skeleton)), walk, outside
+
+
+def _output(job: Job, dense: Model) -> Model:
+    """The model of an output with shapes of its own, still without weights."""
+    plan = job.plan
+    assert plan.reshaped is not None
+    layout, config = plan.reshaped
+    for name in job.source.files:  # the model's own code, if it has any, belongs to its config
+        publish.copy_file(job.source.folder / name, job.folder / name)
+    _write_config(job.folder, config)
+    sketch = Sketch.of(job.folder, config, plan.specs)
+    with job.clock.phase("load"):
+        skeleton = Skeleton(sketch, layout, DTYPES[plan.dtype], job.device, trust=plan.request.trust_remote_code)
+        return Model(skeleton, Replay(skeleton, like=dense.replay))
+
+
+def _enter(job: Job, model: Model, batch: int) -> Stream | None:
+    """The calibration text before block 0 of a model, `batch` windows at a time."""
+    text = job.texts.calibration
+    return None if text is None else Stream.enter(torch.from_numpy(text.ids), model.replay, batch)
 
 
 def _spec(plan: Plan, source: Checkpoint, texts: Texts) -> dict[str, Any]:
@@ -181,7 +239,7 @@ def _spec(plan: Plan, source: Checkpoint, texts: Texts) -> dict[str, Any]:
     return {
         "request": plan.request.spec(),
         "sequential": plan.sequential,
-        "source": {"config_sha256": _config_digest(source), "headers_sha256": layout},
+        "source": {"config_sha256": config_digest(source), "headers_sha256": layout},
         "text": {
             "calibration_sha256": texts.calibration.source["sha256"] if texts.calibration else None,
             "evaluation_sha256": texts.evaluation.source["sha256"],
@@ -196,7 +254,7 @@ def _existing(plan: Plan, source: Checkpoint, texts: Texts) -> dict[str, Any]:
     manifest = publish.verify(request.out)
     for name in source.tensors:
         source.read(name)
-    if manifest["source"]["weights_sha256"] != _weights_digest(source):
+    if manifest["source"]["weights_sha256"] != weights_digest(source):
         raise InputError(
             f"{request.out} was made from other weights than {plan.model} holds now", "--force makes it anew"
         )
@@ -208,81 +266,19 @@ def _existing(plan: Plan, source: Checkpoint, texts: Texts) -> dict[str, Any]:
     return report
 
 
-def _write_files(job: _Job, outside: Sequence[str], folder: Path) -> None:
+def _write_files(job: Job, outside: Sequence[str]) -> None:
     """config.json and everything else of the source that is no weight. outside: linears that belong to no block."""
     plan, source = job.plan, job.source
     for name in source.files:
-        publish.copy_file(source.folder / name, folder / name)
-    added = plan.format.config(plan.schemes, plan.request.scheme, outside)
-    if added is None:
-        publish.copy_file(source.folder / CONFIG, folder / CONFIG)
+        publish.copy_file(source.folder / name, job.folder / name)
+    config = plan.config(source.config, outside)
+    if config is None:
+        publish.copy_file(source.folder / CONFIG, job.folder / CONFIG)
     else:
-        config = {**source.config, **plan.format.aliases(source.config), "quantization_config": added}
-        publish.write_file(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
-    for name, data in plan.format.files(plan.schemes, plan.request.scheme).items():
-        publish.write_file(folder / name, data)
+        _write_config(job.folder, config)
+    for name, data in plan.files().items():
+        publish.write_file(job.folder / name, data)
 
 
-def _report(job: _Job, done: _Done) -> dict[str, Any]:
-    plan, texts, request = job.plan, job.texts, job.plan.request
-    size = build.size(
-        source_bytes=plan.source_bytes,
-        output_bytes=plan.output_bytes,
-        linear_bytes=plan.linear_bytes,
-        parameters_total=plan.parameters,
-        parameters_compressed=sum(linear.rows * linear.columns for linear in plan.quantized),
-    )
-    fallbacks = [note for record in done.records for note in record["fallbacks"]]
-    warnings = [*plan.warnings, *texts.warnings()]
-    checked = gates.evaluate(request.gates, done.fidelity, size)
-    held = gates.verdict(checked, strict=request.strict, fallbacks=fallbacks, warnings=warnings)
-    return {
-        "schema_version": build.SCHEMA_VERSION,
-        "command": "quantize",
-        "passed": held and gates.measurable(done.fidelity),
-        "request": {**request.spec(), "model": request.model, "out": str(request.out)},
-        "source": {
-            "model": request.model,
-            "architecture": plan.layout.architecture,
-            "config_sha256": _config_digest(job.source),
-            "weights_sha256": _weights_digest(job.source),
-            "bytes": plan.source_bytes,
-            "parameters": plan.parameters,
-        },
-        "calibration": texts.calibration.source if texts.calibration else None,
-        "evaluation": texts.evaluation.source,
-        "overlap": texts.overlap,
-        "size": size,
-        "fidelity": done.fidelity,
-        "blocks": [{key: value for key, value in record.items() if key != "fallbacks"} for record in done.records],
-        "kept_dense": [
-            {"name": linear.name, "why": "asked for"} for linear, scheme in plan.schemes.items() if scheme is None
-        ],
-        "fallbacks": fallbacks,
-        "warnings": warnings,
-        "gates": checked,
-        "cost": {
-            "seconds": {name: round(seconds, 3) for name, seconds in job.clock.seconds.items()},
-            "total_seconds": round(job.clock.total(), 3),
-            "peak_rss_bytes": memory.peak_resident(),
-            "peak_device_bytes": devices.peak(job.device),
-        },
-        "environment": {
-            "llmpare": VERSION,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "device": devices.name(job.device),
-            "threads": torch.get_num_threads(),
-        },
-    }
-
-
-def _config_digest(source: Checkpoint) -> str:
-    return hashlib.sha256((source.folder / CONFIG).read_bytes()).hexdigest()
-
-
-def _weights_digest(source: Checkpoint) -> str:
-    """One digest for all weights; every tensor must have been read."""
-    text = "".join(f"{name} {digest}\n" for name, digest in sorted(source.digests.items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    publish.write_file(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")

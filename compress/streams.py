@@ -53,11 +53,15 @@ class Stream:
 
 
 @torch.no_grad()
-def relative_error(dense: Stream, compressed: Stream) -> float:
-    """‖compressed − dense‖² / ‖dense‖² over all hidden states."""
+def relative_error(dense: Stream, compressed: Stream, channels: Sequence[int] | None = None) -> float:
+    """‖compressed − dense‖² / ‖dense‖² over all hidden states.
+
+    channels: those of the dense stream that the compressed one has, in order; None for all.
+    """
     miss = torch.zeros((), dtype=torch.float64, device=dense.hidden[0].device)
     norm = torch.zeros_like(miss)
     for a, b in zip(dense.hidden, compressed.hidden, strict=True):
+        a = a if channels is None else a[..., channels]
         miss += (a.float() - b.float()).square().sum()
         norm += a.float().square().sum()
     return float(miss / norm) if norm > 0 else 0.0

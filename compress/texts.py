@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from llmpare.compress import calibration
 from llmpare.compress.calibration import Windows
-from llmpare.compress.plan import Plan
+from llmpare.compress.planning import Plan
 from llmpare.compress.request import NO_TEXT
 
 OVERLAP_LIMIT = 0.01  # share of the evaluation text that calibration may know before the figures flatter

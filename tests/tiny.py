@@ -23,23 +23,25 @@ from llmpare.cli.exits import main
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-llama"
 HIDDEN, INNER, HEADS, VOCABULARY = 64, 128, 2, 4096
 WINDOW = 32  # tokens
-REPORTS = ("report.json", "report.md")  # hold clocks
+REPORTS = ("report.json", "report.md", "report.html")  # hold clocks
 
 Change = Callable[[Tensor], Tensor]
 Text = tuple[Path, Path]
 
 
-def config(*, blocks: int = 2, tied: bool = False, **more: object) -> dict[str, object]:
+def config(
+    *, blocks: int = 2, tied: bool = False, hidden: int = HIDDEN, inner: int = INNER, **more: object
+) -> dict[str, object]:
     """config.json of the model below."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "float32",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
         "num_attention_heads": HEADS,
         "num_key_value_heads": 1,
-        "head_dim": HIDDEN // HEADS,
+        "head_dim": hidden // HEADS,
         "num_hidden_layers": blocks,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 128,
@@ -52,31 +54,40 @@ def config(*, blocks: int = 2, tied: bool = False, **more: object) -> dict[str, 
     }
 
 
-def tensors(*, blocks: int = 2, tied: bool = False) -> dict[str, Tensor]:
+def tensors(*, blocks: int = 2, tied: bool = False, hidden: int = HIDDEN, inner: int = INNER) -> dict[str, Tensor]:
     """Random weights in float32, the same ones every time."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (VOCABULARY, HIDDEN), "model.norm": (HIDDEN,)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (VOCABULARY, hidden), "model.norm": (hidden,)}
     if not tied:
-        shapes["lm_head"] = (VOCABULARY, HIDDEN)
+        shapes["lm_head"] = (VOCABULARY, hidden)
     for index in range(blocks):
         block = f"model.layers.{index}"
-        shapes[f"{block}.input_layernorm"] = shapes[f"{block}.post_attention_layernorm"] = (HIDDEN,)
-        for name, rows in (("q", HIDDEN), ("k", HIDDEN // HEADS), ("v", HIDDEN // HEADS), ("o", HIDDEN)):
-            shapes[f"{block}.self_attn.{name}_proj"] = (rows, HIDDEN)
+        shapes[f"{block}.input_layernorm"] = shapes[f"{block}.post_attention_layernorm"] = (hidden,)
+        for name, rows in (("q", hidden), ("k", hidden // HEADS), ("v", hidden // HEADS), ("o", hidden)):
+            shapes[f"{block}.self_attn.{name}_proj"] = (rows, hidden)
         for name in ("gate", "up"):
-            shapes[f"{block}.mlp.{name}_proj"] = (INNER, HIDDEN)
-        shapes[f"{block}.mlp.down_proj"] = (HIDDEN, INNER)
+            shapes[f"{block}.mlp.{name}_proj"] = (inner, hidden)
+        shapes[f"{block}.mlp.down_proj"] = (hidden, inner)
     generator = torch.Generator().manual_seed(0)
     weights = {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return {n: 1 + 0.1 * w if w.ndim == 1 else w * w.shape[1] ** -0.5 for n, w in weights.items()}
 
 
-def llama(folder: Path, *, changes: Mapping[str, Change] | None = None, blocks: int = 2, tied: bool = False) -> Path:
+def llama(
+    folder: Path,
+    *,
+    changes: Mapping[str, Change] | None = None,
+    blocks: int = 2,
+    tied: bool = False,
+    hidden: int = HIDDEN,
+    inner: int = INNER,
+) -> Path:
     """A random Llama with the tokenizer of examples/tiny-llama. changes: what happens to its tensors, by name."""
+    shape: dict[str, Any] = {"blocks": blocks, "tied": tied, "hidden": hidden, "inner": inner}
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config(blocks=blocks, tied=tied), indent=1))
+    (folder / "config.json").write_text(json.dumps(config(**shape), indent=1))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(EXAMPLE / name, folder / name)
-    weights = tensors(blocks=blocks, tied=tied)
+    weights = tensors(**shape)
     for name, change in (changes or {}).items():
         weights[name] = change(weights[name])
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llmpare.compress.errors import InputError
+from llmpare.compress.errors import UnsupportedError
 from llmpare.compress.model.skeleton import Skeleton
 
 _CHECKS = 3  # batches whose block arguments are compared: what depends on tokens shows at once
@@ -34,12 +34,15 @@ class _Stop(Exception):
 
 
 class Replay:
-    """Block-by-block execution of one model. Block 0 must be loaded when it is made."""
+    """Block-by-block execution of one model.
 
-    def __init__(self, skeleton: Skeleton) -> None:
+    Block 0 must be loaded when it is made; or `like` is that of another model of the same family.
+    """
+
+    def __init__(self, skeleton: Skeleton, like: "Replay | None" = None) -> None:
         self._skeleton = skeleton
         self._calls: dict[tuple[int, ...], list[Call]] = {}
-        self._returns_tensor = self._learn()
+        self._returns_tensor: bool = self._learn() if like is None else like._returns_tensor
         self._checks = _CHECKS
 
     @property
@@ -73,7 +76,7 @@ class Replay:
             not _same(a.args, b.args) or not _same(a.kwargs, b.kwargs) for a, b in zip(known, calls, strict=True)
         ):
             name = type(self._skeleton.model).__name__
-            raise InputError(
+            raise UnsupportedError(
                 f"architecture {name} is not supported: its blocks take arguments that depend on the tokens"
             )
         return entered[0]
@@ -102,7 +105,7 @@ class Replay:
         """
         model = self._skeleton.model
         positions = torch.arange(start, end, device=hidden.device)
-        with self._replaced(lambda index, args, kwargs: hidden), _float32_head(model.get_output_embeddings()):
+        with self._replaced(lambda index, args, kwargs: hidden), float32_head(model.get_output_embeddings()):
             logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
         return logits.float()
 
@@ -159,7 +162,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def _float32_head(head: nn.Module | None) -> Iterator[None]:
+def float32_head(head: nn.Module | None) -> Iterator[None]:
     """Within the context, the head multiplies in its own precision but accumulates and returns float32."""
     if not isinstance(head, nn.Linear):
         yield

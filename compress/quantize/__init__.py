@@ -4,11 +4,10 @@ A method is a function (weight, statistics, grid, group_size, *, options) → So
 are its keyword-only parameters, repeated here with their defaults so that they can be checked before any work.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llmpare.compress.errors import UsageError
+from llmpare.compress import registry
 
 
 @dataclass(frozen=True)
@@ -40,26 +39,9 @@ METHODS: dict[str, Method] = {
 
 def find(name: str) -> Method:
     """The method of that name. Raises UsageError with the nearest name and all there are."""
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, 1)
-        guess = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"unknown method {name!r}", f"{guess}--method takes one of {', '.join(METHODS)}")
-    return METHODS[name]
+    return registry.find(METHODS, name)
 
 
 def resolve(name: str, given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
-    """All options of the method, the given ones in place of the defaults, as sorted pairs.
-
-    Raises UsageError for an unknown method, and for an option the method does not have.
-    """
-    defaults = find(name).defaults
-    for option in given:
-        if option not in defaults:
-            flag = "--" + option.replace("_", "-")
-            owners = [m for m, method in METHODS.items() if option in method.defaults]
-            near = difflib.get_close_matches(option, defaults, 1)
-            hint = f"did you mean --{near[0].replace('_', '-')}? " if near else ""
-            hint += f"{flag} belongs to {', '.join(owners)}; " if owners else ""
-            takes = ", ".join("--" + o.replace("_", "-") for o in defaults) or "no options"
-            raise UsageError(f"method {name} has no option {flag}", f"{hint}{name} takes {takes}")
-    return tuple(sorted({**defaults, **given}.items()))
+    """All options of the method, the given ones in place of the defaults: see registry.resolve."""
+    return registry.resolve(METHODS, name, given)

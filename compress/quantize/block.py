@@ -1,21 +1,20 @@
 """Quantizes one block: statistics of its inputs → a method's codes → the tensors of a format."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmpare.compress import collect, quantize
+from llmpare.compress import quantize
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
 from llmpare.compress.grid import IntGrid, Solved, Statistics
+from llmpare.compress.linears import Linears, put_stored, relative_error
 from llmpare.compress.model.layout import Linear
-from llmpare.compress.model.replay import Replay
-from llmpare.compress.model.skeleton import Skeleton
-from llmpare.compress.plan import Plan
-from llmpare.compress.quantize.refine import loss
+from llmpare.compress.model.models import Models
+from llmpare.compress.quantize.plan import QuantizePlan
 from llmpare.compress.quantize.tuned import Start
 from llmpare.compress.request import PER_CHANNEL, Scheme
 from llmpare.compress.streams import Stream
@@ -26,8 +25,9 @@ TUNING_WINDOWS = 8  # per step: more do not pay for their time
 class QuantizeBlocks:
     """The treatment `llmpare quantize` gives every block; see engine.Treatment."""
 
-    def __init__(self, plan: Plan, skeleton: Skeleton, replay: Replay, clock: Clock) -> None:
-        self._plan, self._skeleton, self._replay, self._clock = plan, skeleton, replay, clock
+    def __init__(self, plan: QuantizePlan, models: Models, clock: Clock) -> None:
+        self._plan, self._model, self._clock = plan, models.output, clock
+        self._linears = Linears(plan, models.output, clock)
         self._method = quantize.find(plan.request.method)
         options = dict(plan.request.options)
         self._solver = _load(self._method.solver)
@@ -36,6 +36,10 @@ class QuantizeBlocks:
         self._tuner_options = {name: options[name] for name in self._method.tuner_options}
         self._wants_drift = bool(self._solver_options.get("correction"))
         self.wants_dense = self._wants_drift or self._tuner is not None
+
+    def outside(self, source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Nothing changes there."""
+        return {}
 
     def treat(
         self, index: int, source: Mapping[str, Tensor], calibration: Stream | None, dense: Stream | None
@@ -50,59 +54,29 @@ class QuantizeBlocks:
         linears = {n.name: n for n in self._plan.layout.of_block(index) if self._plan.schemes[n] is not None}
         solved: dict[str, Solved] = {}
         errors: dict[str, float] = {}
-        groups = self._groups(index, linears, calibration, dense)
-        while (found := self._next(groups)) is not None:
-            names, statistics = found
+        wanted = list(linears.values())
+        for group, statistics in self._linears.groups(index, wanted, calibration, dense, with_drift=self._wants_drift):
             with self._clock.phase("solve"):
-                for stack in self._stacks([linears[name] for name in names]):
-                    weights = [self._weight(linear, source) for linear in stack]
+                for stack in self._stacks(group):
+                    weights = [self._linears.weight(linear, source) for linear in stack]
                     self._solve(stack, weights, statistics, solved, errors)
-                for name in names:
-                    self._put(linears[name], self._plan.format.weight(linears[name], solved[name]))
+                for linear in group:
+                    self._linears.put(linear, self._plan.format.weight(linear, solved[linear.name]))
         gains: dict[str, Tensor] = {}
         if self._tuner is not None and calibration is not None and dense is not None:
             with self._clock.phase("tune"):
                 gains = self._tune(index, linears, source, solved, calibration, dense)
             for name, linear in linears.items():
-                self._put(linear, self._plan.format.weight(linear, solved[name]))
-            self._skeleton.place(gains)
-        if calibration is not None and not self._plan.sequential and index + 1 < len(self._plan.layout.blocks):
-            with self._clock.phase("advance"):
-                calibration.advance(self._replay, index)
+                self._linears.put(linear, self._plan.format.weight(linear, solved[name]))
+            self._model.skeleton.place(gains)
+        self._linears.advance(index, calibration)
         with self._clock.phase("pack"):
             tensors = self._encode(linears, solved)
         return {**tensors, **gains}, self._facts(linears, solved, errors)
 
     def restore(self, index: int, stored: Mapping[str, Tensor]) -> None:
         """Puts the weights that `stored`, the block's tensors in the output, stand for into the loaded block."""
-        for linear in self._plan.layout.of_block(index):
-            scheme = self._plan.schemes[linear]
-            if scheme is not None:
-                tensors = {name: tensor.to(self._skeleton.device) for name, tensor in stored.items()
-                           if name.startswith(linear.name + ".")}  # fmt: skip
-                self._put(linear, self._plan.format.decode(linear, scheme, tensors))
-
-    def _put(self, linear: Linear, weight: Tensor) -> None:
-        """Puts a weight [rows, columns] into the linear's module, in the working dtype."""
-        weight = weight.t().contiguous() if linear.transposed else weight
-        self._skeleton.place({linear.weight: weight})
-
-    def _groups(
-        self, index: int, linears: Mapping[str, Linear], calibration: Stream | None, dense: Stream | None
-    ) -> Iterator[tuple[list[str], Statistics | None]]:
-        """Linears by shared input, in order of use, with the statistics of that input."""
-        if calibration is None:
-            return iter([([name], None) for name in linears])
-        modules = {name: self._skeleton.module(name) for name in linears}
-        if self._plan.sequential:
-            return collect.sequential(self._replay, index, modules, calibration)
-        return collect.parallel(self._replay, index, modules, calibration, dense, with_drift=self._wants_drift)
-
-    def _next(
-        self, groups: Iterator[tuple[list[str], Statistics | None]]
-    ) -> tuple[list[str], Statistics | None] | None:
-        with self._clock.phase("calibrate"):
-            return next(groups, None)
+        put_stored(self._plan, self._linears, index, stored)
 
     def _stacks(self, linears: Sequence[Linear]) -> list[list[Linear]]:
         """Linears of one shared input by scheme: each stack is solved as one matrix."""
@@ -126,7 +100,7 @@ class QuantizeBlocks:
         for linear, weight in zip(stack, weights, strict=True):
             part = result.rows(start, start + linear.rows)
             solved[linear.name] = part
-            errors[linear.name] = _relative_error(weight, part.weight(), statistics)
+            errors[linear.name] = relative_error(weight, part.weight(), statistics)
             start += linear.rows
 
     def _tune(
@@ -139,20 +113,20 @@ class QuantizeBlocks:
         dense: Stream,
     ) -> dict[str, Tensor]:
         """Trains the block as a whole; `solved` gets the better codes. Returns the norms' gains by tensor name."""
-        inside = self._skeleton.inside(index)
-        norms = {name: source[name].to(self._skeleton.device) for name in self._skeleton.norms(index)}
+        inside = self._model.skeleton.inside(index)
+        norms = {name: source[name].to(self._model.skeleton.device) for name in self._model.skeleton.norms(index)}
 
         def forward(weights: Mapping[str, Tensor], gains: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
             placed = {inside[name]: gain for name, gain in gains.items()}
             for name, weight in weights.items():
                 placed[inside[linears[name].weight]] = weight.t() if linears[name].transposed else weight
-            return self._replay.run(index, hidden, placed)
+            return self._model.replay.run(index, hidden, placed)
 
         def pick(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
             return calibration.pick(indices), dense.pick(indices)
 
         starts = {
-            name: Start(self._weight(linear, source), solved[name], self._grid(linear))
+            name: Start(self._linears.weight(linear, source), solved[name], self._grid(linear))
             for name, linear in linears.items()
         }
         windows = min(TUNING_WINDOWS, len(calibration.hidden[0]))
@@ -171,12 +145,6 @@ class QuantizeBlocks:
     def _grid(self, linear: Linear) -> IntGrid:
         scheme = self._plan.quantized[linear]
         return IntGrid(scheme.bits, scheme.symmetric, DTYPES[self._plan.format.scale_dtype(linear)])
-
-    def _weight(self, linear: Linear, source: Mapping[str, Tensor]) -> Tensor:
-        """The original weight [rows, columns] in float32; NaN and infinities, if allowed at all, count as 0."""
-        weight = source[linear.weight].to(self._skeleton.device, torch.float32)
-        weight = weight.t().contiguous() if linear.transposed else weight
-        return weight.nan_to_num(0.0, 0.0, 0.0) if self._plan.request.allow_nonfinite else weight
 
     def _encode(self, linears: Mapping[str, Linear], solved: Mapping[str, Solved]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -209,13 +177,3 @@ def _load(name: str) -> Any:
     """The function a registry line names, 'module:function' of llmpare.compress.quantize."""
     module, _, function = name.partition(":")
     return vars(import_module(f"llmpare.compress.quantize.{module}"))[function]
-
-
-def _relative_error(weight: Tensor, quantized: Tensor, statistics: Statistics | None) -> float:
-    """Squared output error over squared output; of the weights themselves when nothing is known of the inputs."""
-    if statistics is None:
-        lost, whole = (weight - quantized).square().sum(), weight.square().sum()
-    else:
-        lost = loss(weight, quantized, statistics.gram).sum()
-        whole = loss(weight, torch.zeros_like(weight), statistics.gram).sum()
-    return float(lost / whole) if whole != 0 else 0.0  # NaN, for what cannot be measured, must not become 0

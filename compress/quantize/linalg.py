@@ -49,7 +49,12 @@ def factorise(gram: Tensor, damping: float) -> tuple[Tensor | None, float]:
         factor = inverse_factor(damp(gram, damping))
         if factor is not None or damping >= MAX_DAMPING:
             return factor, damping
-        damping = min(max(damping, 1e-4) * 10, MAX_DAMPING)
+        damping = more(damping)
+
+
+def more(damping: float) -> float:
+    """The damping to try when this much was not enough."""
+    return min(max(damping, 1e-4) * 10, MAX_DAMPING)
 
 
 def correct(weight: Tensor, root: Tensor, drift: Tensor, strength: float) -> Tensor:

@@ -52,7 +52,9 @@ def coordinate_descent(
         for start in range(0, columns, _BLOCK):
             end = min(start + _BLOCK, columns)
             local = gram[start:end, start:end]
-            for i, (slope, present, move) in enumerate(zip(gradient[start:end], centred[start:end], moves, strict=False)):
+            for i, (slope, present, move) in enumerate(
+                zip(gradient[start:end], centred[start:end], moves, strict=False)
+            ):
                 at = start + i
                 torch.addmv(slope, changes[:i].t(), local[i, :i], alpha=-1, out=value)  # what this block has changed
                 torch.addcmul(present, value, grids.inverse[at], value=sharpness[at], out=value)

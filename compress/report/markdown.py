@@ -3,11 +3,11 @@
 Names, paths and text from models and data sets are shown as code or escaped; they never act as Markdown or HTML.
 """
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmpare.compress.report import gates, show
+from llmpare.compress.report import common, evaluated, made, pruned, show
+from llmpare.compress.report.marks import code, table
 
 WORST_LINEARS = 8
 
@@ -16,69 +16,31 @@ Section = Mapping[str, Any]
 
 def render(report: Section) -> str:
     """The whole page, ending with a newline. report: as schema.json says, fresh or read back."""
-    sections = (
-        _headline(report),
-        _gates(report["gates"]),
-        _concerns(report),
-        _blocks(report["blocks"]),
-        _kept_dense(report["kept_dense"]),
-        _texts(report),
-        _cost(report["cost"]),
-        _environment(report),
-        _loading(report["request"]),
-    )
+    sections = _COMMANDS[report["command"]](report)
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
 
 
-def code(text: str) -> str:
-    """text as a code span that also holds inside a table cell."""
-    text = show.printable(text).replace("|", "\\|")
-    runs = [len(run) for run in re.findall(r"`+", text)]
-    fence = "`" * (max(runs, default=0) + 1)
-    pad = " " if runs else ""
-    return f"{fence}{pad}{text or ' '}{pad}{fence}"
+def _quantized(report: Section) -> Sequence[list[str]]:
+    """The sections on a run that quantized."""
+    return (
+        made.headline(
+            report, f"with {report['request']['method']}, {_scheme(report['request']['scheme'])}", _bits(report)
+        ),
+        common.gates(report["gates"]),
+        common.concerns(report),
+        _blocks(report["blocks"]),
+        made.kept_dense(report["kept_dense"]),
+        made.texts(report),
+        common.cost(report["cost"]),
+        made.environment(report),
+        _loading(report["request"]),
+    )
 
 
-def plain(text: str) -> str:
-    """text as running text, with every character that Markdown or HTML would act on escaped."""
-    return re.sub(r"([\\`*_\[\]<>|~&#!])", r"\\\1", show.printable(text))
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], right: str = "") -> list[str]:
-    """A table; `right` holds the numbers of the columns that are aligned to the right ('12')."""
-    rule = ["---:" if str(i) in right else "---" for i in range(len(head))]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
-
-
-def _headline(report: Section) -> list[str]:
-    request, size, fidelity = report["request"], report["size"], report["fidelity"]
-    perplexity, kl, agreement = fidelity["perplexity"], fidelity["kl"], fidelity["agreement"]
+def _bits(report: Section) -> list[tuple[str, ...]]:
+    size = report["size"]
     bits = size["linear_bits_per_weight"]
-    rows = [
-        (
-            "size",
-            show.size(size["source_bytes"]),
-            show.size(size["output_bytes"]),
-            show.percent(size["ratio"]),
-        ),
-        (
-            "perplexity",
-            _with_error(perplexity["dense"], perplexity["dense_stderr"]),
-            _with_error(perplexity["compressed"], perplexity["compressed_stderr"]),
-            show.percent(perplexity["increase"], 2, signed=True),
-        ),
-        (
-            "KL divergence, nats per token",
-            "",
-            _with_error(kl["mean"], kl["stderr"]),
-            f"median {show.figure(kl['median'], 3)}, 99 % below {show.figure(kl['p99'], 3)}",
-        ),
-        (
-            "same most likely token",
-            "",
-            f"{show.percent(agreement['top1'], 2)} ± {show.percent(agreement['stderr'], 2)}",
-            "",
-        ),
+    return [
         (
             "bits per weight of the compressed linears",
             "",
@@ -86,40 +48,11 @@ def _headline(report: Section) -> list[str]:
             f"{show.percent(size['share_compressed'])} of {show.count(size['parameters_total'])} parameters",
         ),
     ]
-    return [
-        f"# {code(request['model'])} with {request['method']}, {_scheme(request['scheme'])}",
-        "",
-        f"**{'Passed' if report['passed'] else 'Not passed'}.** Measured on {fidelity['tokens']:,} tokens that the "
-        f"compression has not seen, both models in {fidelity['dtype']}, in the same pass.",
-        "",
-        *_table(("", "dense", "compressed", ""), rows, right="12"),
-    ]
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    return f"{show.figure(value)} ± {show.figure(error, 2)}"
 
 
 def _scheme(scheme: Section) -> str:
     group = "per channel" if scheme["group_size"] == -1 else f"group {scheme['group_size']}"
     return f"{scheme['bits']} bits, {group}, {'symmetric' if scheme['symmetric'] else 'asymmetric'}"
-
-
-def _gates(entries: Sequence[Section]) -> list[str]:
-    if not entries:
-        return []
-    rows = [(g["name"], *gates.figures(g), "passed" if g["passed"] else "**failed**") for g in entries]
-    return ["## Gates", "", *_table(("gate", "measured", "limit", ""), rows, right="12")]
-
-
-def _concerns(report: Section) -> list[str]:
-    lines: list[str] = []
-    if report["fallbacks"]:
-        rows = [(code(f["name"]), plain(f["cause"]), plain(f["action"])) for f in report["fallbacks"]]
-        lines += ["## Fallbacks", "", *_table(("where", "why", "what was done"), rows)]
-    if report["warnings"]:
-        lines += [""] * bool(lines) + ["## Warnings", "", *(f"- {plain(w)}" for w in report["warnings"])]
-    return lines
 
 
 def _blocks(blocks: Sequence[Section]) -> list[str]:
@@ -148,70 +81,12 @@ def _blocks(blocks: Sequence[Section]) -> list[str]:
         "",
         "Relative error: squared error of the output over the squared output, with the errors of all blocks before.",
         "",
-        *_table(("block", "relative error", "scheme", "time"), rows, right="013"),
+        *table(("block", "relative error", "scheme", "time"), rows, right="013"),
         "",
         f"The {len(worst)} linears with the largest error of their own, of {len(linears)}:",
         "",
-        *_table(("linear", "shape", "scheme", "relative error"), worst_rows, right="3"),
+        *table(("linear", "shape", "scheme", "relative error"), worst_rows, right="3"),
     ]
-
-
-def _kept_dense(kept: Sequence[Section]) -> list[str]:
-    if not kept:
-        return []
-    reasons: dict[str, list[str]] = {}
-    for linear in kept:
-        reasons.setdefault(linear["why"], []).append(linear["name"])
-    return ["## Left dense", ""] + [
-        f"- {plain(why)}: {code(names[0])}" + (f" and {len(names) - 1} more" if names[1:] else "")
-        for why, names in reasons.items()
-    ]
-
-
-def _texts(report: Section) -> list[str]:
-    rows = [
-        (
-            part,
-            code(source["dataset"]),
-            f"{source['windows']} × {source['seqlen']}",
-            code(source["sha256"][:16]),
-            code(source["first_line"]),
-        )
-        for part, source in (("calibration", report["calibration"]), ("evaluation", report["evaluation"]))
-        if source is not None
-    ]
-    return [
-        "## Text",
-        "",
-        *_table(("", "data set", "windows × tokens", "sha256", "begins with"), rows),
-        "",
-        f"{show.percent(report['overlap'])} of the evaluation text also occurs in the calibration text.",
-    ]
-
-
-def _cost(cost: Section) -> list[str]:
-    device = cost["peak_device_bytes"]
-    memory = f"{show.size(cost['peak_rss_bytes'])} of memory" + (
-        "" if device is None else f" and {show.size(device)} on the device"
-    )
-    rows = [(plain(phase), show.duration(seconds)) for phase, seconds in cost["seconds"].items()]
-    return [
-        "## Cost",
-        "",
-        f"{show.duration(cost['total_seconds'])} and at most {memory}.",
-        "",
-        *_table(("phase", "time"), rows, right="1"),
-    ]
-
-
-def _environment(report: Section) -> list[str]:
-    environment, source = report["environment"], report["source"]
-    rows = [(name, code(str(value))) for name, value in environment.items()]
-    rows += [
-        ("architecture", code(source["architecture"])),
-        ("source weights", code(source["weights_sha256"][:16])),
-    ]
-    return ["## Environment", "", *_table(("", ""), rows)]
 
 
 def _loading(request: Section) -> list[str]:
@@ -235,3 +110,10 @@ def _loading(request: Section) -> list[str]:
     if served:
         lines += ["", "```", "vllm serve OUT", "```"]
     return lines
+
+
+_COMMANDS: Mapping[str, Callable[[Section], Sequence[list[str]]]] = {
+    "quantize": _quantized,
+    "prune": pruned.sections,
+    "evaluate": evaluated.sections,
+}

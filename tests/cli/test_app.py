@@ -316,7 +316,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--json"]) == 2
 
 
-@pytest.mark.parametrize("command", ["quantize", "plan", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["quantize", "plan", "evaluate", "inspect", "verify"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out

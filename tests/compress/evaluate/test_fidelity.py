@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmpare.compress.evaluate.fidelity import Scores, score, summarise
+from llmpare.compress.evaluate.fidelity import Scores, alone, score, summarise
 
 WINDOWS, POSITIONS, VOCABULARY = 5, 9, 13
 
@@ -25,9 +25,14 @@ def log_probabilities(row: list[float]) -> list[float]:
     return [value - total for value in row]
 
 
+def five_largest(row: list[float]) -> set[int]:
+    return set(sorted(range(len(row)), key=lambda i: -row[i])[:5])
+
+
 def textbook(dense: Tensor, compressed: Tensor, targets: Tensor) -> dict[str, list[list[float]]]:
     """Every score of every position, one number at a time."""
-    found: dict[str, list[list[float]]] = {"dense": [], "compressed": [], "kl": [], "agree": []}
+    names = ("dense", "compressed", "kl", "agree", "top5")
+    found: dict[str, list[list[float]]] = {name: [] for name in names}
     for a, b, ids in zip(dense.tolist(), compressed.tolist(), targets.tolist(), strict=True):
         for values in found.values():
             values.append([])
@@ -37,6 +42,7 @@ def textbook(dense: Tensor, compressed: Tensor, targets: Tensor) -> dict[str, li
             found["compressed"][-1].append(-q[token])
             found["kl"][-1].append(sum(math.exp(x) * (x - y) for x, y in zip(p, q, strict=True)))
             found["agree"][-1].append(float(before.index(max(before)) == after.index(max(after))))
+            found["top5"][-1].append(len(five_largest(before) & five_largest(after)) / 5)
     return found
 
 
@@ -52,6 +58,7 @@ def test_scores_are_those_of_the_textbook(seed: int) -> None:
     for name, values in (("dense", found.dense_nll), ("compressed", found.compressed_nll), ("kl", found.kl)):
         torch.testing.assert_close(values, torch.tensor(expected[name]), rtol=1e-4, atol=1e-5)
     assert found.agree.tolist() == [[bool(x) for x in row] for row in expected["agree"]]
+    torch.testing.assert_close(found.top5, torch.tensor(expected["top5"]))
 
 
 def test_divergence_is_of_the_compressed_from_the_dense() -> None:
@@ -75,6 +82,8 @@ def test_the_summary_is_that_of_the_textbook(seed: int) -> None:
     expected = textbook(dense, compressed, targets)
     flat = {name: list(itertools.chain.from_iterable(values)) for name, values in expected.items()}
     before, after = (math.exp(statistics.mean(flat[name])) for name in ("dense", "compressed"))
+    pairs = zip(expected["dense"], expected["compressed"], strict=True)
+    differences = [[y - x for x, y in zip(a, b, strict=True)] for a, b in pairs]
     found = summarise([score(dense, compressed, targets)], "torch.bfloat16")
     assert (found["tokens"], found["windows"], found["dtype"]) == (45, 5, "torch.bfloat16")
     assert found["perplexity"] == pytest.approx(
@@ -82,30 +91,51 @@ def test_the_summary_is_that_of_the_textbook(seed: int) -> None:
             "dense": before,
             "compressed": after,
             "increase": after / before - 1,
+            "increase_stderr": after / before * stderr(differences),
             "dense_stderr": before * stderr(expected["dense"]),
             "compressed_stderr": after * stderr(expected["compressed"]),
         },
         rel=1e-4,
     )
     ordered = sorted(flat["kl"])
+    histogram = found["kl"].pop("histogram")
+    edges = histogram["edges"]
+    assert histogram["counts"] == [
+        sum(low <= value < high for value in ordered) for low, high in itertools.pairwise(edges)
+    ]
     assert found["kl"] == pytest.approx(
         {
             "mean": statistics.mean(flat["kl"]),
             "stderr": stderr(expected["kl"]),
             "median": statistics.median(flat["kl"]),
+            "p90": ordered[40],
             "p99": ordered[44],
             "max": ordered[44],
         },
         rel=1e-4,
     )
     assert found["agreement"] == pytest.approx(
-        {"top1": statistics.mean(flat["agree"]), "stderr": stderr(expected["agree"])}
+        {
+            "top1": statistics.mean(flat["agree"]),
+            "top5": statistics.mean(flat["top5"]),
+            "stderr": stderr(expected["agree"]),
+        }
     )
+    assert [(part["start"], part["end"]) for part in found["by_position"]] == [(i, i + 1) for i in range(POSITIONS)]
+    for part in found["by_position"]:
+        here = statistics.mean(window[part["start"]] for window in expected["kl"])
+        assert part["kl"] == pytest.approx(here, rel=1e-4)
 
 
 def constant(kl: list[list[float]]) -> Scores:
     values = torch.tensor(kl)
-    return Scores(torch.ones_like(values), torch.ones_like(values), values, values > 0)
+    return scores(torch.ones_like(values), torch.ones_like(values), values)
+
+
+def scores(dense: Tensor, compressed: Tensor, kl: Tensor) -> Scores:
+    """With these values, where both models agree on everything."""
+    same = torch.zeros_like(kl, dtype=torch.int32)
+    return Scores(dense, compressed, kl, same == 0, torch.ones_like(kl), same, same)
 
 
 def test_quantiles_are_values_that_occurred() -> None:
@@ -131,8 +161,10 @@ def test_the_standard_error_is_over_windows() -> None:
 def test_a_model_compared_with_itself(seed: int) -> None:
     dense, _, targets = logits(seed)
     found = summarise([score(dense.clone(), dense.clone(), targets)], "")
-    assert found["kl"] == {"mean": 0, "stderr": 0, "median": 0, "p99": 0, "max": 0}
-    assert found["agreement"] == {"top1": 1, "stderr": 0}
+    counts = found["kl"].pop("histogram")["counts"]
+    assert counts[0] == sum(counts) == WINDOWS * POSITIONS
+    assert set(found["kl"].values()) == {0}
+    assert found["agreement"] == {"top1": 1, "top5": 1, "stderr": 0}
     assert found["perplexity"]["increase"] == 0
     assert found["perplexity"]["dense"] == found["perplexity"]["compressed"]
 
@@ -157,6 +189,7 @@ def test_parts_of_windows_and_windows_apart_give_the_same_summary() -> None:
         assert parts[-1].kl.shape == (1, POSITIONS)
     whole = summarise([score(dense, compressed, targets)], "")
     apart = summarise(parts, "")
+    assert apart["kl"].pop("histogram") == whole["kl"].pop("histogram")
     for section in ("perplexity", "kl", "agreement"):
         assert apart[section] == pytest.approx(whole[section], rel=1e-5)
     assert (apart["tokens"], apart["windows"]) == (whole["tokens"], whole["windows"])
@@ -174,11 +207,10 @@ def test_scores_do_not_share_memory_with_the_logits() -> None:
     dense, compressed, targets = logits(3)
     before = targets.clone()
     found = score(dense, compressed, targets)
-    kept = [each.clone() for each in (found.dense_nll, found.compressed_nll, found.kl, found.agree)]
+    kept = [each.clone() for each in found.tensors()]
     dense.zero_()
     compressed.zero_()
-    now = (found.dense_nll, found.compressed_nll, found.kl, found.agree)
-    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, found.tensors(), strict=True))
     assert torch.equal(targets, before)
 
 
@@ -195,6 +227,52 @@ def test_logits_that_are_no_numbers_give_a_summary_that_is_none(bad: float) -> N
     assert math.isfinite(found["perplexity"]["dense"])
     assert math.isfinite(found["kl"]["median"])
     assert 0 <= found["agreement"]["top1"] <= 1
+
+
+def test_tokens_that_both_models_rule_out_add_nothing() -> None:
+    """0 · (−∞ − −∞) is 0 here: some models mask the ids that pad their vocabulary."""
+    dense, compressed, targets = logits(4)
+    expected = score(dense[..., :-3].clone(), compressed[..., :-3].clone(), targets.clamp(max=VOCABULARY - 4))
+    dense[..., -3:] = compressed[..., -3:] = -math.inf
+    found = score(dense, compressed, targets.clamp(max=VOCABULARY - 4))
+    torch.testing.assert_close(found.kl, expected.kl)
+    torch.testing.assert_close(found.compressed_nll, expected.compressed_nll)
+
+
+def test_a_token_that_only_the_original_rules_out_adds_nothing() -> None:
+    dense = torch.tensor([[[0.0, 0.0, -math.inf]]])
+    kl = score(dense, torch.zeros(1, 1, 3), torch.zeros(1, 1, dtype=torch.long)).kl.item()
+    assert kl == pytest.approx(math.log(1.5))
+
+
+def test_positions_of_long_windows_share_ranges() -> None:
+    values = torch.rand(3, 100, generator=torch.Generator().manual_seed(0))
+    found = summarise([scores(values, values, values)], "")["by_position"]
+    assert len(found) == 32
+    assert [part["end"] for part in found[:-1]] == [part["start"] for part in found[1:]]
+    assert (found[0]["start"], found[-1]["end"]) == (0, 100)
+    assert found[5]["kl"] == pytest.approx(values[:, found[5]["start"] : found[5]["end"]].mean().item())
+
+
+def test_bits_per_byte() -> None:
+    """A model that gives every token of 4 bytes a probability of 1/16 takes 4 bits for 4 bytes."""
+    nll = torch.full((2, 10), math.log(16.0))
+    found = summarise([scores(nll, 2 * nll, nll)], "", scored_bytes=80)["bits_per_byte"]
+    assert found == pytest.approx({"dense": 1.0, "compressed": 2.0})
+    assert summarise([scores(nll, nll, nll)], "")["bits_per_byte"] == {"dense": None, "compressed": None}
+
+
+def test_a_model_alone_has_the_same_figures_of_its_own() -> None:
+    dense, compressed, targets = logits(8)
+    pair = score(dense, compressed, targets)
+    both, own = summarise([pair], "float32", 100), alone(pair.compressed_nll, "float32", 100)
+    assert own.keys() == both.keys()
+    for name in ("compressed", "compressed_stderr"):
+        assert own["perplexity"][name] == both["perplexity"][name]
+    assert own["perplexity"].keys() == both["perplexity"].keys()
+    assert own["bits_per_byte"] == {"dense": None, "compressed": both["bits_per_byte"]["compressed"]}
+    assert own["kl"] is own["agreement"] is own["perplexity"]["dense"] is None
+    assert own["by_position"] == []
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -215,6 +293,6 @@ def test_an_original_that_gives_no_numbers() -> None:
 
 def test_a_perplexity_beyond_all_floats_is_infinite() -> None:
     values = torch.full((2, 3), 1000.0)
-    found = summarise([Scores(torch.ones(2, 3), values, torch.ones(2, 3), values > 0)], "")
+    found = summarise([scores(torch.ones(2, 3), values, torch.ones(2, 3))], "")
     assert found["perplexity"]["compressed"] == found["perplexity"]["increase"] == math.inf
     assert found["perplexity"]["dense"] == pytest.approx(math.e)

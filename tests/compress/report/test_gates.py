@@ -1,6 +1,7 @@
 import math
 from typing import Any
 
+import evaluations
 import pytest
 import samples
 
@@ -77,3 +78,58 @@ def test_strict_says_what_it_minds() -> None:
     report = samples.report()
     report["warnings"] *= 2
     assert gates.reasons(report) == ["--strict: 1 fallback and 2 warnings"]
+
+
+TASKS = {"rows": [{"recovery": 1.01}, {"recovery": 0.98}, {"recovery": None}]}
+SPEED = {
+    "rows": [
+        {"mode": "prefill", "tokens_per_second": 9000.0},
+        {"mode": "decode", "tokens_per_second": 70.0},
+        {"mode": "decode", "tokens_per_second": 350.0},
+    ]
+}
+
+
+def test_the_worst_task_and_the_best_throughput_count() -> None:
+    report = samples.report()
+    limits = Gates(min_recovery=0.99, min_tokens_per_second=300)
+    found = gates.evaluate(limits, report["fidelity"], report["size"], TASKS, SPEED)
+    assert [(gate["name"], gate["value"], gate["passed"]) for gate in found] == [
+        ("min-recovery", 0.98, False),
+        ("min-tokens-per-second", 350.0, True),
+    ]
+    assert gates.describe(found[0]) == "min-recovery: 98.00 %, the limit is 99.00 %"
+    assert gates.describe(found[1]) == "min-tokens-per-second: 350.0, the limit is 300"
+
+
+def test_what_was_not_measured_fails() -> None:
+    report = samples.report()
+    limits = Gates(min_recovery=0.1, min_tokens_per_second=1)
+    for tasks, speed in ((None, None), ({"rows": []}, {"rows": []}), ({"rows": [{"recovery": None}]}, None)):
+        found = gates.evaluate(limits, report["fidelity"], report["size"], tasks, speed)
+        assert [gate["passed"] for gate in found] == [False, False]
+
+
+def test_without_an_original_nothing_is_compared() -> None:
+    fidelity = samples.report()["fidelity"] | {"kl": None, "agreement": None}
+    fidelity["perplexity"] |= {"dense": None, "increase": None}
+    assert gates.measurable(fidelity)
+    found = gates.evaluate(Gates(max_kl=1.0, min_agreement=0.1), fidelity, {"output_bytes": 1})
+    assert [gate["passed"] for gate in found] == [False, False]
+
+
+@pytest.mark.parametrize("which", ["dense", "compressed"])
+def test_a_candidate_that_gives_no_numbers_is_named(which: str) -> None:
+    report = evaluations.evaluation(("one", "two"))
+    report["candidates"][1]["fidelity"]["perplexity"][which] = math.nan
+    said = gates.reasons(report)
+    assert len(said) == 1
+    assert said[0].startswith("two: perplexity: ")
+    assert "not finite" in said[0]
+
+
+def test_gates_of_several_models_are_shown_like_those_of_one() -> None:
+    assert gates.describe({"name": "a: b: max-size", "limit": 4e6, "value": 5e6}) == (
+        "a: b: max-size: 5 MB, the limit is 4 MB"
+    )
+    assert "0.1234" in gates.describe({"name": "against-kl", "limit": 0.1234, "value": 0.2})

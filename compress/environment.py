@@ -1,0 +1,33 @@
+"""What every report says of the run itself: what it took, and what it ran on."""
+
+import platform
+from typing import Any
+
+import torch
+import transformers
+
+from llmpare.compress import devices, memory
+from llmpare.compress.clock import Clock
+from llmpare.compress.version import VERSION
+
+
+def cost(clock: Clock, device: torch.device) -> dict[str, Any]:
+    """The report's `cost` section."""
+    return {
+        "seconds": {name: round(seconds, 3) for name, seconds in clock.seconds.items()},
+        "total_seconds": round(clock.total(), 3),
+        "peak_rss_bytes": memory.peak_resident(),
+        "peak_device_bytes": devices.peak(device),
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The report's `environment` section."""
+    return {
+        "llmpare": VERSION,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": devices.name(device),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,62 @@
+"""How much memory an evaluation takes at its peak, predicted from shapes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmpare.compress import memory
+from llmpare.compress.checkpoint.header import tensor_bytes
+from llmpare.compress.errors import MemoryLimitError, UnsupportedError
+from llmpare.compress.estimate import PROCESS, batch_tokens, logit_tokens
+from llmpare.compress.evaluate.models import Subject
+from llmpare.compress.model.layout import find, layout
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes. fixed: whatever the text. per_token: of the hidden states that are kept for every token of it."""
+
+    fixed: int
+    per_token: int
+
+    def check(self, tokens: int, seqlen: int, room: int, limit: int | None) -> None:
+        """Raises MemoryLimitError when `room` bytes, or the limit that was set, do not hold that many tokens."""
+        need = self.fixed + self.per_token * tokens
+        have = room if limit is None else min(room, limit)
+        if need <= have:
+            return
+        what = f"--max-memory {memory.show(have)}" if have == limit else f"{memory.show(have)} available"
+        fit = (have - self.fixed) // (self.per_token * seqlen)
+        hint = f"--nsamples {fit} fits" if fit > 0 else "no number of windows fits; use a larger machine"
+        raise MemoryLimitError(f"the evaluation needs about {memory.show(need)} of memory, there is {what}", hint)
+
+
+def needs(subjects: Sequence[Subject], *, dtype: str, device: str, seqlen: int, paired: bool) -> Needs:
+    """What running these models takes. paired: every candidate beside a baseline that was run before it."""
+    size = tensor_bytes(dtype, (1,))
+    at_once = 2 if paired else 1
+    fixed = hidden = 0
+    for subject in subjects:
+        weights, working, width = _one(subject, size, device, seqlen)
+        hidden = max(hidden, width)
+        fixed = max(fixed, at_once * weights + working)
+    logits = (2 + 2 * at_once) * logit_tokens(device) * max(subject.vocabulary for subject in subjects) * 4
+    return Needs(PROCESS + fixed + logits, at_once * hidden * size)
+
+
+def _one(subject: Subject, size: int, device: str, seqlen: int) -> tuple[int, int, int]:
+    """(what stays in memory until the scores are made, what is needed on the way, hidden size) of a model."""
+    source = subject.source
+    infos = source.tensors
+    try:
+        found = layout(source)
+    except UnsupportedError:
+        hidden = int(find(source.config, "hidden_size", "n_embd", "d_model", default=4096))
+        return source.parameters * size, batch_tokens(device) * 16 * hidden * size, hidden
+    narrow = min(linear.columns for linear in found.linears)
+    hidden = int(find(source.config, "hidden_size", "n_embd", "d_model", default=narrow))
+    outside = sum(infos[name].numel * size for name in found.outside)
+    block = max(sum(infos[name].numel for name in names) for names in found.blocks)
+    rows = max(sum(linear.rows for linear in found.of_block(index)) for index in range(len(found.blocks)))
+    batch = max(batch_tokens(device), seqlen)
+    forward = batch * (3 * rows + 6 * hidden) * size + batch * seqlen * 4
+    return outside, 3 * block * size + max(infos[name].numel * size for name in found.outside) + forward, hidden

@@ -1,0 +1,104 @@
+"""What an evaluation knows, and the report it becomes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmpare.compress.environment import cost, environment
+from llmpare.compress.evaluate.baseline import Identity, Saved
+from llmpare.compress.evaluate.models import Subject
+from llmpare.compress.evaluate.request import EvaluateRequest
+from llmpare.compress.evaluate.stream import Setup
+from llmpare.compress.evaluate.text import Text
+from llmpare.compress.report import against, build, gates
+
+
+@dataclass
+class Job:
+    """What all steps of an evaluation share. warnings and fallbacks grow on the way."""
+
+    request: EvaluateRequest
+    baseline: Subject | None
+    saved: Saved | None
+    candidates: list[Subject]
+    text: Text
+    tokenizer: Any
+    dtype: str
+    setup: Setup
+    previous: dict[str, Any] | None  # an earlier report
+    warnings: list[str]
+    fallbacks: list[dict[str, str]]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        return torch.from_numpy(self.text.ids)
+
+
+def size(job: Job, subject: Subject) -> dict[str, Any]:
+    """Its `size`, beside that of the baseline."""
+    own = subject.source.weight_bytes
+    before = None
+    if job.baseline is not None:
+        before = job.baseline.source.weight_bytes
+    elif job.saved is not None:
+        before = job.saved.identity.weight_bytes
+    return {
+        "bytes": own,
+        "baseline_bytes": before,
+        "ratio": None if before is None else own / before,
+        "linear_bits_per_weight": subject.source.linear_bits,
+        "parameters": subject.source.parameters,
+    }
+
+
+def identity(job: Job, subject: Subject) -> Identity:
+    """What saved predictions of this model belong to."""
+    return Identity(
+        **subject.describe(),
+        vocabulary=min(each.vocabulary for each in (subject, *job.candidates)),
+        ids_sha256=job.text.source["ids_sha256"],
+        dtype=job.dtype,
+    )
+
+
+def _baseline(job: Job, reference: dict[str, Any]) -> dict[str, Any] | None:
+    if job.baseline is not None:
+        return {**job.baseline.describe(), "saved": None, **reference}
+    if job.saved is None:
+        return None
+    identity = job.saved.identity
+    names = ("model", "architecture", "scheme", "weight_bytes", "parameters", "weights_sha256")
+    saved = {"folder": str(job.saved.folder), "top_k": job.saved.top_k}
+    return {**{name: vars(identity)[name] for name in names}, "saved": saved, **reference}
+
+
+def report(job: Job, candidates: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, Any]:
+    """The whole report. candidates: their sections. reference: what else there is to say of the baseline."""
+    request, setup = job.request, job.setup
+    several = len(candidates) > 1
+    checked = [
+        {**gate, "name": f"{candidate['name']}: {gate['name']}" if several else gate["name"]}
+        for candidate in candidates
+        for gate in candidate["gates"]
+    ]
+    held = gates.verdict(checked, strict=request.strict, fallbacks=job.fallbacks, warnings=job.warnings)
+    found: dict[str, Any] = {
+        "schema_version": build.SCHEMA_VERSION,
+        "command": "evaluate",
+        "passed": held and all(candidate["passed"] for candidate in candidates),
+        "request": request.spec(),
+        "baseline": _baseline(job, reference),
+        "evaluation": {**job.text.source, "scored_bytes": job.text.scored_bytes},
+        "candidates": candidates,
+        "fallbacks": job.fallbacks,
+        "warnings": job.warnings,
+        "gates": checked,
+        "cost": cost(setup.clock, setup.device),
+        "environment": environment(setup.device),
+    }
+    if job.previous is not None:
+        regressions = against.regressions(found, job.previous)
+        found["gates"] = checked + regressions
+        found["passed"] = found["passed"] and all(entry["passed"] for entry in regressions)
+    return found

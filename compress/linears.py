@@ -1,0 +1,99 @@
+"""The linears of a block on their way through a treatment: what flows into them, their weights out and in."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from llmpare.compress import collect
+from llmpare.compress.clock import Clock
+from llmpare.compress.grid import Statistics
+from llmpare.compress.model.layout import Linear
+from llmpare.compress.model.models import Model
+from llmpare.compress.planning import Plan
+from llmpare.compress.quantize.refine import loss
+from llmpare.compress.storage import StoredPlan
+from llmpare.compress.streams import Stream
+
+Groups = Iterator[tuple[list[Linear], Statistics | None]]
+
+
+class Linears:
+    """Access to the linears of a model whose blocks are loaded one at a time."""
+
+    def __init__(self, plan: Plan, model: Model, clock: Clock) -> None:
+        self._plan, self._model, self._clock = plan, model, clock
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._model.skeleton.device
+
+    def groups(
+        self,
+        index: int,
+        linears: Sequence[Linear],
+        calibration: Stream | None,
+        dense: Stream | None = None,
+        *,
+        with_drift: bool = False,
+    ) -> Groups:
+        """Linears of block `index` by shared input, in order of use, with the statistics of that input.
+
+        Whoever iterates puts new weights in place before asking for more. Without calibration every linear comes by
+        itself, with nothing known of its input. dense: the original model's stream, which is advanced past the block.
+        """
+        by_name = {linear.name: linear for linear in linears}
+        found = self._found(index, by_name, calibration, dense, with_drift)
+        while True:
+            with self._clock.phase("calibrate"):
+                names, statistics = next(found, (None, None))
+            if names is None:
+                return
+            yield [by_name[name] for name in names], statistics
+
+    def _found(
+        self, index: int, linears: Mapping[str, Linear], calibration: Stream | None, dense: Stream | None, drift: bool
+    ) -> Iterator[tuple[list[str], Statistics | None]]:
+        if calibration is None or not linears:
+            return iter([([name], None) for name in linears])
+        modules = {name: self._model.skeleton.module(name) for name in linears}
+        if self._plan.sequential:
+            return collect.sequential(self._model.replay, index, modules, calibration)
+        return collect.parallel(self._model.replay, index, modules, calibration, dense, with_drift=drift)
+
+    def advance(self, index: int, calibration: Stream | None) -> None:
+        """Takes the calibration stream past the treated block, unless `groups` has, or nobody looks at it again."""
+        if calibration is not None and not self._plan.sequential and index + 1 < len(self._plan.layout.blocks):
+            with self._clock.phase("advance"):
+                calibration.advance(self._model.replay, index)
+
+    def weight(self, linear: Linear, source: Mapping[str, Tensor]) -> Tensor:
+        """The original weight [rows, columns] in float32; NaN and infinities, if allowed at all, count as 0."""
+        weight = source[linear.weight].to(self._model.skeleton.device, torch.float32)
+        weight = weight.t().contiguous() if linear.transposed else weight
+        return weight.nan_to_num(0.0, 0.0, 0.0) if self._plan.request.allow_nonfinite else weight
+
+    def put(self, linear: Linear, weight: Tensor) -> None:
+        """Puts a weight [rows, columns] into the linear's module, in the working dtype."""
+        weight = weight.t().contiguous() if linear.transposed else weight
+        self._model.skeleton.place({linear.weight: weight})
+
+
+def put_stored(plan: StoredPlan, linears: Linears, index: int, stored: Mapping[str, Tensor]) -> None:
+    """Puts the weights that a block's tensors in the output stand for into the linears that are quantized."""
+    for linear in plan.layout.of_block(index):
+        if plan.schemes[linear] is not None:
+            own = {name: tensor.to(linears.device) for name, tensor in stored.items()
+                   if name.startswith(linear.name + ".")}  # fmt: skip
+            linears.put(linear, plan.decode(linear, own))
+
+
+def relative_error(weight: Tensor, changed: Tensor, statistics: Statistics | None) -> float:
+    """Squared output error over squared output; of the weights themselves when nothing is known of the inputs."""
+    if statistics is None:
+        lost, whole = (weight - changed).square().sum(), weight.square().sum()
+    else:
+        lost = loss(weight, changed, statistics.gram).sum()
+        whole = loss(weight, torch.zeros_like(weight), statistics.gram).sum()
+    return float(lost / whole) if whole != 0 else 0.0  # NaN, for what cannot be measured, must not become 0

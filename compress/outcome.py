@@ -1,0 +1,98 @@
+"""What a run has to go by and what it leaves behind, and the report that both make."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmpare.compress.checkpoint.read import CONFIG, Checkpoint
+from llmpare.compress.clock import Clock
+from llmpare.compress.command import Command
+from llmpare.compress.environment import cost, environment
+from llmpare.compress.planning import Plan
+from llmpare.compress.progress import Progress
+from llmpare.compress.report import build, gates
+from llmpare.compress.texts import Texts
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all steps of a run share. folder: where the output takes shape."""
+
+    command: Command
+    plan: Plan
+    source: Checkpoint
+    texts: Texts
+    device: torch.device
+    folder: Path
+    clock: Clock
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the engine's pass leaves behind for the report."""
+
+    records: list[dict[str, Any]]
+    digests: dict[str, str]
+    fidelity: dict[str, Any]
+    outside: list[str]  # linear modules that belong to no block
+
+
+def describe(job: Job, done: Done) -> dict[str, Any]:
+    """The report, as schema.json says."""
+    plan, texts, request = job.plan, job.texts, job.plan.request
+    compressed = set(plan.compressed)
+    size = build.size(
+        source_bytes=plan.source_bytes,
+        output_bytes=plan.output_bytes,
+        linear_bytes=plan.linear_bytes,
+        parameters_total=plan.parameters,
+        parameters_compressed=sum(linear.rows * linear.columns for linear in compressed),
+    )
+    fallbacks = [note for record in done.records for note in record["fallbacks"]]
+    warnings = [*plan.warnings, *texts.warnings()]
+    checked = gates.evaluate(request.gates, done.fidelity, size)
+    held = gates.verdict(checked, strict=request.strict, fallbacks=fallbacks, warnings=warnings)
+    return {
+        "schema_version": build.SCHEMA_VERSION,
+        "command": job.command.name,
+        "passed": held and gates.measurable(done.fidelity),
+        "request": {**request.spec(), "model": request.model, "out": str(request.out)},
+        "source": {
+            "model": request.model,
+            "architecture": plan.layout.architecture,
+            "config_sha256": config_digest(job.source),
+            "weights_sha256": weights_digest(job.source),
+            "bytes": plan.source_bytes,
+            "parameters": plan.parameters,
+        },
+        "calibration": texts.calibration.source if texts.calibration else None,
+        "evaluation": texts.evaluation.source,
+        "overlap": texts.overlap,
+        "size": size,
+        "fidelity": done.fidelity,
+        "blocks": [{key: value for key, value in record.items() if key != "fallbacks"} for record in done.records],
+        "kept_dense": [
+            {"name": linear.name, "why": "asked for"} for linear in plan.layout.linears if linear not in compressed
+        ],
+        **plan.sections(done.records),
+        "fallbacks": fallbacks,
+        "warnings": warnings,
+        "gates": checked,
+        "cost": cost(job.clock, job.device),
+        "environment": environment(job.device),
+    }
+
+
+def config_digest(source: Checkpoint) -> str:
+    """sha256 of config.json."""
+    return hashlib.sha256((source.folder / CONFIG).read_bytes()).hexdigest()
+
+
+def weights_digest(source: Checkpoint) -> str:
+    """One digest for all weights; every tensor must have been read."""
+    text = "".join(f"{name} {digest}\n" for name, digest in sorted(source.digests.items()))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,218 @@
+"""What the plans of all commands have in common, from headers alone: no torch, no weights, under a second.
+
+A command's own plan adds what it decides: which tensors change, what they become, how the output's config says so.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llmpare.compress import memory
+from llmpare.compress.calibration import DEFAULT_SEQLEN
+from llmpare.compress.checkpoint import locate
+from llmpare.compress.checkpoint.read import Checkpoint
+from llmpare.compress.checkpoint.write import TensorSpec
+from llmpare.compress.errors import InputError, UsageError
+from llmpare.compress.estimate import Needs
+from llmpare.compress.model.layout import Layout, Linear, find, layout
+from llmpare.compress.request import RunRequest
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model of a run, as its headers show it."""
+
+    model: Path
+    layout: Layout
+    dtype: str  # the precision of the forward passes, as safetensors spells it
+    seqlen: int
+    longest: int  # tokens the model allows
+    vocabulary: int
+    parameters: int
+    source_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan(Subject, ABC):
+    """The fate of every tensor."""
+
+    request: RunRequest
+    specs: tuple[TensorSpec, ...]  # of the output, in the order of the file
+    needs: Needs
+    warnings: tuple[str, ...]
+
+    # --- what a command decides
+
+    @property
+    @abstractmethod
+    def compressed(self) -> Sequence[Linear]:
+        """The linears that the run changes."""
+
+    @property
+    @abstractmethod
+    def linear_bytes(self) -> int:
+        """Bytes of those linears in the output, all their tensors but biases counted."""
+
+    @abstractmethod
+    def specs_of(self, index: int) -> dict[str, TensorSpec]:
+        """The output tensors of one block of the source, by name."""
+
+    @abstractmethod
+    def fate(self, name: str) -> str:
+        """What becomes of a tensor of the source, in a few words."""
+
+    @abstractmethod
+    def outcome(self) -> str:
+        """What the output is like, besides its size."""
+
+    def place_of(self, index: int) -> int | None:
+        """The number that a block of the source has in the output; None if it is left out."""
+        return index
+
+    @property
+    def channels(self) -> Sequence[int] | None:
+        """The residual channels of the source that the output has, in order; None: all of them."""
+        return None
+
+    @property
+    def reshaped(self) -> tuple[Layout, dict[str, Any]] | None:
+        """Layout and config.json of the output, if they are not those of the source."""
+        return None
+
+    def config(self, config: Mapping[str, Any], outside: Sequence[str]) -> dict[str, Any] | None:
+        """The output's config.json; None: byte for byte the source's.
+
+        config: the source's. outside: names of the linear modules that belong to no block, such as the head.
+        """
+        return None if self.reshaped is None else self.reshaped[1]
+
+    def files(self) -> dict[str, bytes]:
+        """Further files of the output by name."""
+        return {}
+
+    def sections(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What the report of this command has besides the sections that all have. records: one per block."""
+        return {}
+
+    # --- what follows
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether linears of a block are solved one after the other within a single forward: see collect."""
+        return self.needs.sequential
+
+    @cached_property
+    def changed(self) -> frozenset[str]:
+        """Names of the weights that the run changes."""
+        return frozenset(linear.weight for linear in self.compressed)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON values, one entry per tensor."""
+        return {
+            "command": "plan",
+            "model": str(self.model),
+            "architecture": self.layout.architecture,
+            "blocks": len(self.layout.blocks),
+            "tensors": [dict(zip(("name", "shape", "dtype", "fate"), fate, strict=True)) for fate in self._fates()],
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "memory_bytes": self.needs.memory,
+            "disk_bytes": self.output_bytes,
+            "warnings": list(self.warnings),
+        }
+
+    def lines(self) -> list[str]:
+        """The plan for people: tensors that differ only in the number of their block share a line."""
+        seen = Counter(
+            (re.sub(r"\.\d+\.", ".*.", name), str(shape), dtype, fate) for name, shape, dtype, fate in self._fates()
+        )
+        width = max(len(key[0]) for key in seen)
+        lines = [f"{self.layout.architecture}, {len(self.layout.blocks)} blocks, {self.parameters:,} parameters", ""]
+        for (name, shape, dtype, fate), count in seen.items():
+            lines.append(f"{count:5} × {name:{width}}  {shape:16} {dtype:5} → {fate}")
+        lines += [
+            "",
+            f"output   {memory.show(self.output_bytes)} from {memory.show(self.source_bytes)}"
+            f" ({self.output_bytes / self.source_bytes:.0%}), {self.outcome()}",
+            f"memory   about {memory.show(self.needs.memory)}: {self.needs.explain()}",
+            f"disk     {memory.show(self.output_bytes)} in {self.request.out.absolute().parent}",
+        ]
+        return lines + [f"note     {warning}" for warning in self.warnings]
+
+    def _fates(self) -> Iterator[tuple[str, list[int], str, str]]:
+        with Checkpoint.open(self.model) as checkpoint:
+            tensors = checkpoint.tensors
+        for name in (*self.layout.outside, *(name for block in self.layout.blocks for name in block)):
+            yield name, list(tensors[name].shape), tensors[name].dtype, self.fate(name)
+
+
+@contextmanager
+def opened(request: RunRequest) -> Iterator[tuple[Checkpoint, Subject]]:
+    """The model of a request, open, and what its headers say. Raises for a model that no command can take."""
+    model = locate.resolve(request.model, revision=request.revision)
+    _refuse_nested(model, request.out)
+    with Checkpoint.open(model) as checkpoint:
+        config = checkpoint.config
+        _refuse_custom_code(config, request.trust_remote_code)
+        found = layout(checkpoint)
+        longest = find(config, "max_position_embeddings", "n_positions", default=DEFAULT_SEQLEN)
+        yield (
+            checkpoint,
+            Subject(
+                model=model,
+                layout=found,
+                dtype=_dtype(request.dtype, checkpoint, found),
+                seqlen=request.calibration.seqlen or min(DEFAULT_SEQLEN, longest),
+                longest=longest,
+                vocabulary=find(config, "vocab_size", default=0),
+                parameters=sum(info.numel for info in checkpoint.tensors.values()),
+                source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+            ),
+        )
+
+
+def idle_patterns(patterns: Sequence[str], found: Layout) -> list[str]:
+    """A warning for every pattern that matches neither a linear nor anything outside the blocks."""
+    everything = [*(linear.name for linear in found.linears), " ".join((*found.outside, "lm_head"))]
+    idle = [pattern for pattern in patterns if not any(re.search(pattern, name) for name in everything)]
+    return [f"pattern {pattern!r} matches no linear" for pattern in idle]
+
+
+def _refuse_nested(model: Path, out: Path) -> None:
+    source, target = model.resolve(), out.absolute().parent.resolve() / out.name
+    if source == target or source in target.parents or target in source.parents:
+        raise UsageError(
+            f"the output {out} and the model {model} lie inside each other", "choose another place with -o"
+        )
+
+
+def _refuse_custom_code(config: dict[str, Any], trusted: bool) -> None:
+    if "auto_map" in config and not trusted:
+        raise InputError(
+            "config.json has an auto_map: this model runs code from the model folder",
+            "read that code, then add --trust-remote-code",
+        )
+
+
+def _dtype(asked: str, checkpoint: Checkpoint, found: Layout) -> str:
+    """The precision of the forward passes: the one asked for, else the one most weights are stored in."""
+    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    if asked == "auto":
+        counts: Counter[str] = Counter()
+        for linear in found.linears:
+            counts[linear.dtype] += checkpoint.tensors[linear.weight].numel
+        return counts.most_common(1)[0][0]
+    if asked not in names:
+        raise UsageError(f"unknown dtype {asked!r}", f"--dtype takes auto, {', '.join(names)}")
+    return names[asked]

@@ -1,0 +1,25 @@
+"""What a method of pruning returns."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Pruned:
+    """weight [rows, columns] float32, zero where keep [rows, columns] is False.
+
+    notes: what did not go as planned, as {"cause", "action"}, for the report.
+    """
+
+    weight: Tensor
+    keep: Tensor
+    notes: list[dict[str, str]] = field(default_factory=list)
+
+
+def raised(damping: float, used: float) -> list[dict[str, str]]:
+    """The note that more damping was needed than asked for, if it was."""
+    if used == damping:
+        return []
+    cause = f"Gram matrix not positive definite at damping {damping:g}"
+    return [{"cause": cause, "action": f"damping raised to {used:g}"}]

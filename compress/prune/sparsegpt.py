@@ -1,0 +1,55 @@
+"""SparseGPT: weights leave column by column, and the columns still to come absorb the error.
+
+Frantar & Alistarh, 2023 (arXiv:2301.00774). With (H + λI)⁻¹ = Rᵀ·R, leaving out w_ij costs w_ij²/R_jj²; the mask of a
+block of columns is chosen when the loop reaches it, from weights that have absorbed everything before.
+"""
+
+import torch
+from torch import Tensor
+
+from llmpare.compress.grid import Statistics
+from llmpare.compress.prune import wanda
+from llmpare.compress.prune.masks import Quota
+from llmpare.compress.prune.pruned import Pruned, raised
+from llmpare.compress.quantize import linalg
+
+_BLOCK = 32  # columns whose mask is chosen at once: fewer lose less, and the loop's products stay small
+
+
+def solve(weight: Tensor, statistics: Statistics, quota: Quota, *, damping: float) -> Pruned:
+    """Mask and weights of weight [rows, columns].
+
+    damping: λ as a share of the mean diagonal of H. Falls back to wanda, with a note, when H cannot be factorised.
+    """
+    factor, used = linalg.factorise(statistics.gram, damping)
+    if factor is None:
+        return wanda.fallback(weight, statistics, quota, used)
+    weight = weight.masked_fill(linalg.dead_columns(statistics.gram), 0.0)
+    pruned, keep = propagate(weight, factor, quota)
+    return Pruned(pruned, keep, raised(damping, used))
+
+
+def propagate(weight: Tensor, factor: Tensor, quota: Quota) -> tuple[Tensor, Tensor]:
+    """Weights and mask [rows, columns] by error propagation, from left to right.
+
+    weight [rows, columns], dead columns already zero; factor: R, upper triangular. For each column i that loses
+    weights, e = w_i/R_ii where they go, and every later column j gets w_j −= e·R_ij.
+    """
+    pending = weight.t().contiguous()  # [columns, rows]: one contiguous row per step
+    keep = torch.empty_like(weight, dtype=torch.bool)
+    size, columns = quota.block(_BLOCK), len(pending)
+    errors = torch.empty_like(pending[:size])
+    diagonal = factor.diagonal()
+    sharpness = (1 / diagonal).tolist()
+    for start in range(0, columns, size):
+        end = min(start + size, columns)
+        block, local = pending[start:end], factor[start:end, start:end].t().contiguous()
+        mask = quota.keep((block / diagonal[start:end, None]).square_().t())
+        keep[:, start:end] = mask
+        leaving = ~mask.t().contiguous()
+        for i, (column, gone, error) in enumerate(zip(block, leaving, errors, strict=False)):
+            column.addmv_(errors[:i].t(), local[i, :i], alpha=-1)  # what this block has left to absorb
+            torch.mul(column, gone, out=error).mul_(sharpness[start + i])
+            column.masked_fill_(gone, 0.0)
+        pending[end:].addmm_(factor[start:end, end:].t(), errors[: end - start], alpha=-1)
+    return pending.t().contiguous(), keep

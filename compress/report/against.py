@@ -1,0 +1,168 @@
+"""Whether a model got worse than it was in an earlier report, beyond what noise explains.
+
+Both reports must have measured on the same text, against the same original, in the same precision: then a model that
+did not change gives the same figures, and noise is what a change too small to matter could look like on other text.
+A figure has got worse when it moved by more than
+
+- perplexity, KL, agreement, scores on tasks: 2 combined standard errors, sqrt(s² + s'²) each. Where there is an
+  original, perplexity is compared as its increase over it, whose error is by pairs and therefore small;
+- tokens per second: 2 combined spreads, and at least 5 %, since machines vary from run to run;
+- bytes: nothing. A size has no noise.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmpare.compress.checkpoint.files import read_json, shown
+from llmpare.compress.errors import InputError
+from llmpare.compress.report.subjects import baseline, subjects
+
+ERRORS = 2.0
+"""Combined standard errors, or spreads, that a figure may move by."""
+
+SPEED_NOISE = 0.05
+"""The least share by which tokens per second may fall."""
+
+MAX_BYTES = 2**28
+
+AGAIN = "evaluate anew without --against to have a report that later ones can be compared with"
+
+Report = Mapping[str, Any]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """An earlier report.json. Raises InputError if it cannot be read or is none."""
+    report = read_json(path, limit=MAX_BYTES)
+    if not {"schema_version", "command", "gates"} <= report.keys():
+        raise InputError(f"{shown(path)} is no report of llmpare", "--against takes the report.json of an earlier run")
+    return report
+
+
+def regressions(report: Report, previous: Report) -> list[dict[str, Any]]:
+    """One entry {name, limit, value, passed} per figure that both reports have, like a gate's.
+
+    A figure that is not finite any more fails. With several models a name begins with that of its model. Models are
+    matched by name; a single model is compared with a single one whatever they are called.
+    Raises InputError when the reports cannot be compared.
+    """
+    _comparable(report, previous)
+    pairs = list(_pairs(report, previous))
+    return [
+        {**entry, "name": f"{now['name']}: {entry['name']}" if len(pairs) > 1 else entry["name"]}
+        for now, before in pairs
+        for entry in (*_fidelity(now, before), _size(now, before), *_tasks(now, before), *_speed(now, before))
+    ]
+
+
+def _comparable(report: Report, previous: Report) -> None:
+    facts = (
+        ("schema", lambda each: each["schema_version"]),
+        ("command", lambda each: each["command"]),
+        ("evaluation text", lambda each: each["evaluation"]["sha256"]),
+        ("windows of text", lambda each: (each["evaluation"]["windows"], each["evaluation"]["seqlen"])),
+        ("original", lambda each: (baseline(each) or {}).get("weights_sha256")),
+        ("precision", lambda each: subjects(each)[0]["fidelity"]["dtype"].removeprefix("torch.")),
+    )
+    for name, fact in facts:
+        now, before = fact(report), fact(previous)
+        if now != before:
+            was, has = _short(before), _short(now)
+            raise InputError(f"--against: another {name}: {was} in the earlier report, {has} in this one", AGAIN)
+    if report["evaluation"]["windows"] < 2:
+        raise InputError("--against: a single window of text tells nothing about noise", "evaluate on a longer text")
+
+
+def _short(fact: object) -> str:
+    return shown(fact[:16] if isinstance(fact, str) else fact)
+
+
+def _pairs(report: Report, previous: Report) -> Iterator[tuple[Report, Report]]:
+    """Each model with what it was."""
+    now, before = subjects(report), subjects(previous)
+    if len(now) == len(before) == 1:
+        yield now[0], before[0]
+        return
+    named = {subject["name"]: subject for subject in before}
+    for subject in now:
+        if subject["name"] not in named:
+            raise InputError(f"--against: the earlier report has no model {shown(subject['name'])}", AGAIN)
+        yield subject, named[subject["name"]]
+
+
+def _entry(name: str, limit: float, value: float | None, *, least: bool = False) -> dict[str, Any]:
+    passed = value is not None and math.isfinite(value) and (value >= limit if least else value <= limit)
+    return {"name": f"against-{name}", "limit": limit, "value": value, "passed": passed}
+
+
+def _fidelity(now: Report, before: Report) -> Iterator[dict[str, Any]]:
+    """Perplexity, and with an original KL and agreement. What was not finite before bounds nothing."""
+    new, old = now["fidelity"], before["fidelity"]
+    paired = old["kl"] is not None and new["kl"] is not None
+    name, figure, error = (
+        ("perplexity-increase", "increase", "increase_stderr")
+        if paired
+        else ("perplexity", "compressed", "compressed_stderr")
+    )
+    measures = [(name, new["perplexity"], old["perplexity"], figure, error)]
+    if paired:
+        measures.append(("kl", new["kl"], old["kl"], "mean", "stderr"))
+        measures.append(("agreement", new["agreement"], old["agreement"], "top1", "stderr"))
+    for name, current, earlier, figure, error in measures:
+        if earlier[figure] is None or not math.isfinite(earlier[figure]):
+            continue
+        least = name == "agreement"
+        noise = _noise(current.get(error), earlier.get(error))
+        limit = earlier[figure] - noise if least else earlier[figure] + noise
+        yield _entry(name, limit, current[figure], least=least)
+
+
+def _noise(current: float | None, earlier: float | None) -> float:
+    """2 combined standard errors; one that is not finite belongs to a figure that fails anyway."""
+    finite = [error for error in (current, earlier) if error is not None and math.isfinite(error)]
+    return ERRORS * math.hypot(*finite)
+
+
+def _size(now: Report, before: Report) -> dict[str, Any]:
+    return _entry("size", before["size"]["bytes"], now["size"]["bytes"])
+
+
+def _tasks(now: Report, before: Report) -> Iterator[dict[str, Any]]:
+    earlier = {(row["task"], row["metric"]): row for row in (before["tasks"] or {}).get("rows", [])}
+    for row in (now["tasks"] or {}).get("rows", []):
+        old = earlier.get((row["task"], row["metric"]))
+        if old is None or old["value"] is None:
+            continue
+        least = row["higher_is_better"]
+        noise = _noise(row["stderr"], old["stderr"])
+        limit = old["value"] - noise if least else old["value"] + noise
+        yield _entry(f"{row['task']}-{row['metric']}", limit, row["value"], least=least)
+
+
+SETTING = ("engine", "mode", "batch", "prompt", "new_tokens", "cache", "compiled", "attention")
+
+
+def _speed(now: Report, before: Report) -> Iterator[dict[str, Any]]:
+    new, old = now["speed"], before["speed"]
+    if not new or not old:
+        return
+    machines = new["machine"]["device"], old["machine"]["device"]
+    if machines[0] != machines[1]:
+        raise InputError(
+            f"--against: speed was measured on {shown(machines[1])}, now on {shown(machines[0])}",
+            "compare on one kind of machine, or leave out --speed",
+        )
+    earlier = {tuple(row[key] for key in SETTING): row for row in old["rows"]}
+    for row in new["rows"]:
+        match = earlier.get(tuple(row[key] for key in SETTING))
+        if match is not None:
+            noise = max(SPEED_NOISE, ERRORS * math.hypot(row["spread"], match["spread"]))
+            limit = match["tokens_per_second"] * (1 - min(noise, 1.0))
+            yield _entry(f"tokens-per-second {_setting(row)}", limit, row["tokens_per_second"], least=True)
+
+
+def _setting(row: Report) -> str:
+    """'(transformers, decode, batch 4, prompt 128, dynamic cache, sdpa)'."""
+    parts = [row["engine"], row["mode"], f"batch {row['batch']}", f"prompt {row['prompt']}", f"{row['cache']} cache"]
+    return f"({', '.join([*parts, str(row['attention']), *(['compiled'] if row['compiled'] else [])])})"

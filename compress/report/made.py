@@ -1,0 +1,96 @@
+"""Sections of report.md that every command has that makes a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmpare.compress.report import show
+from llmpare.compress.report.marks import code, plain, table, with_error
+
+Section = Mapping[str, Any]
+
+
+def headline(report: Section, how: str, more: Sequence[Sequence[str]]) -> list[str]:
+    """What came out. how: what was done, for the title. more: rows of the table that only this command has."""
+    size, fidelity = report["size"], report["fidelity"]
+    perplexity, kl, agreement = fidelity["perplexity"], fidelity["kl"], fidelity["agreement"]
+    rows = [
+        (
+            "size",
+            show.size(size["source_bytes"]),
+            show.size(size["output_bytes"]),
+            show.percent(size["ratio"]),
+        ),
+        (
+            "perplexity",
+            with_error(perplexity["dense"], perplexity["dense_stderr"]),
+            with_error(perplexity["compressed"], perplexity["compressed_stderr"]),
+            show.percent(perplexity["increase"], 2, signed=True),
+        ),
+        (
+            "KL divergence, nats per token",
+            "",
+            with_error(kl["mean"], kl["stderr"]),
+            f"median {show.figure(kl['median'], 3)}, 99 % below {show.figure(kl['p99'], 3)}",
+        ),
+        (
+            "same most likely token",
+            "",
+            f"{show.percent(agreement['top1'], 2)} ± {show.percent(agreement['stderr'], 2)}",
+            "",
+        ),
+        *more,
+    ]
+    return [
+        f"# {code(report['request']['model'])} {how}",
+        "",
+        f"**{'Passed' if report['passed'] else 'Not passed'}.** Measured on {fidelity['tokens']:,} tokens that the "
+        f"compression has not seen, both models in {fidelity['dtype']}, in the same pass.",
+        "",
+        *table(("", "dense", "compressed", ""), rows, right="12"),
+    ]
+
+
+def kept_dense(kept: Sequence[Section]) -> list[str]:
+    """What stayed as it was."""
+    if not kept:
+        return []
+    reasons: dict[str, list[str]] = {}
+    for linear in kept:
+        reasons.setdefault(linear["why"], []).append(linear["name"])
+    return ["## Left dense", ""] + [
+        f"- {plain(why)}: {code(names[0])}" + (f" and {len(names) - 1} more" if names[1:] else "")
+        for why, names in reasons.items()
+    ]
+
+
+def texts(report: Section) -> list[str]:
+    """What was learned from, and what was measured on."""
+    rows = [
+        (
+            part,
+            code(source["dataset"]),
+            f"{source['windows']} × {source['seqlen']}",
+            code(source["sha256"][:16]),
+            code(source["first_line"]),
+        )
+        for part, source in (("calibration", report["calibration"]), ("evaluation", report["evaluation"]))
+        if source is not None
+    ]
+    return [
+        "## Text",
+        "",
+        *table(("", "data set", "windows × tokens", "sha256", "begins with"), rows),
+        "",
+        f"{show.percent(report['overlap'])} of the evaluation text also occurs in the calibration text.",
+    ]
+
+
+def environment(report: Section) -> list[str]:
+    """Where, with what, from what."""
+    environment, source = report["environment"], report["source"]
+    rows = [(name, code(str(value))) for name, value in environment.items()]
+    rows += [
+        ("architecture", code(source["architecture"])),
+        ("source weights", code(source["weights_sha256"][:16])),
+    ]
+    return ["## Environment", "", *table(("", ""), rows)]

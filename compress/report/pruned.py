@@ -1,0 +1,124 @@
+"""report.md of a pruned model: what was removed or set to zero, what that saves, and what it cost."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmpare.compress.report import common, made, show
+from llmpare.compress.report.marks import code, plain, table
+
+WORST_LINEARS = 8
+
+Section = Mapping[str, Any]
+
+
+def sections(report: Section) -> Sequence[list[str]]:
+    """The sections of the page, in order. report: as schema.json says."""
+    kind = _structure if "structure" in report else _mask
+    how, rows, about = kind(report)
+    return (
+        made.headline(report, how, rows),
+        about,
+        common.gates(report["gates"]),
+        common.concerns(report),
+        _blocks(report["blocks"]),
+        made.kept_dense(report["kept_dense"]) if "mask" in report else [],
+        made.texts(report),
+        common.cost(report["cost"]),
+        made.environment(report),
+    )
+
+
+def _mask(report: Section) -> tuple[str, Sequence[Sequence[str]], list[str]]:
+    """How it was done, for the title; rows for the first table; what the mask saves."""
+    request, mask, size = report["request"], report["mask"], report["size"]
+    zeros = mask["pattern"] or f"{show.percent(request['sparsity'], 0)} zeros"
+    then = "" if request["then"] is None else f" and {request['then']['bits']} bits for the rest"
+    bits = size["linear_bits_per_weight"]
+    rows = [
+        (
+            "zeros in the pruned linears",
+            "",
+            show.percent(mask["sparsity"], 2),
+            f"{show.count(mask['zeros'])} of {show.count(mask['weights'])} weights",
+        ),
+        ("bits per weight of the pruned linears", "", "none" if bits is None else f"{bits:.3f}", ""),
+    ]
+    about = ["## What the mask saves", "", *(f"- {plain(line[0].upper() + line[1:])}." for line in mask["saved"])]
+    return f"pruned by {request['method']}, {zeros}{then}", rows, about
+
+
+def _structure(report: Section) -> tuple[str, Sequence[Sequence[str]], list[str]]:
+    """The same for a model that was made smaller in shape."""
+    structure = report["structure"]
+    parameters, flops = structure["parameters"], structure["flops_per_token"]
+    rows = [
+        (
+            "parameters",
+            show.count(parameters["dense"]),
+            show.count(parameters["kept"]),
+            f"{show.percent(parameters['removed_share'])} removed",
+        ),
+        (
+            "operations per token",
+            show.count(flops["dense"]),
+            show.count(flops["kept"]),
+            show.percent(flops["kept"] / flops["dense"]) if flops["dense"] else "",
+        ),
+    ]
+    healing = structure["healing"]
+    about: list[str] = []
+    if healing["needed"]:
+        about = [
+            "## What next",
+            "",
+            "So much was removed that training on a little text, with the original as the teacher, pays:",
+            "",
+            "```",
+            healing["command"],
+            "```",
+        ]
+    return "made smaller", rows, about
+
+
+def _blocks(blocks: Sequence[Section]) -> list[str]:
+    rows = [
+        (
+            str(block["index"]),
+            show.figure(block["relative_error"], 3) if block["relative_error"] is not None else "",
+            "removed" if block.get("removed") else ", ".join(sorted({_left(n) for n in block["linears"]})),
+            "resumed" if block["resumed"] else show.duration(block["seconds"]),
+        )
+        for block in blocks
+    ]
+    linears = [linear for block in blocks for linear in block["linears"]]
+    worst = sorted(linears, key=lambda linear: -(linear["relative_error"] or 0.0))[:WORST_LINEARS]
+    worst_rows = [
+        (
+            code(linear["name"]),
+            f"{linear['rows']} × {linear['columns']}",
+            _left(linear),
+            show.figure(linear["error_removed"], 3),
+            show.figure(linear["relative_error"], 3),
+        )
+        for linear in worst
+    ]
+    return [
+        "## Blocks",
+        "",
+        "Relative error: squared error of the output over the squared output, with the errors of all blocks before.",
+        "",
+        *table(("block", "relative error", "what is left", "time"), rows, right="013"),
+        "",
+        f"The {len(worst)} linears with the largest error of their own, of {len(linears)}: before and after what stays "
+        "makes up for what has left.",
+        "",
+        *table(("linear", "shape", "what is left", "before", "after"), worst_rows, right="34"),
+    ]
+
+
+def _left(linear: Section) -> str:
+    """What is left of a linear, in a few words."""
+    if "zeros" in linear:
+        zeros = show.percent(linear["zeros"] / (linear["rows"] * linear["columns"]), 1)
+        return f"{zeros} zeros" + ("" if linear["scheme"] == "dense" else f", {linear['scheme']}")
+    return f"{linear['kept_units']} of {linear['units']} units"

@@ -6,26 +6,19 @@ already are token ids are taken as they are, one window a row, so that tools can
 """
 
 import hashlib
-import json
-import resource
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from itertools import chain, islice
-from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from llmpare import calibration_data
 from llmpare.calibration_data import Row
+from llmpare.compress import chat
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.request import TextSpec
 
 if TYPE_CHECKING:
     import numpy as np
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from numpy.typing import NDArray
 
 DEFAULT_WINDOWS = {"calibration": 128, "evaluation": 32}
@@ -36,9 +29,6 @@ FIRST_LINE = 120  # characters shown of the first window
 OVERLAP_RUN = 32  # tokens in a row that two texts share only when one was copied
 
 BATCH_ROWS = 256
-TEMPLATE_SECONDS = 5.0  # for a batch of rows; honest templates take milliseconds
-TEMPLATE_MEMORY = 2**30
-TEMPLATE_OUTPUT = 64 * 2**20  # characters a batch of rows may become
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +48,7 @@ class Windows:
 def load(spec: TextSpec, tokenizer: Any, *, vocab_size: int, part: str, max_length: int) -> Windows:
     """The windows that `spec` asks for.
 
-    tokenizer: as from load_tokenizer. vocab_size: rows of the model's embedding; every id is below it. part:
+    tokenizer: as from tokenizer.load_tokenizer. vocab_size: rows of the model's embedding; every id is below it. part:
     'calibration' or 'evaluation', which of a data set's two halves. max_length: tokens the model allows at
     most. Raises UsageError for a data set or a length there cannot be, InputError for text that is unusable
     or too short.
@@ -106,70 +96,6 @@ def _run_hashes(ids: "NDArray[np.int64]") -> "NDArray[np.uint64]":
         hashes *= np.uint64(0x9E3779B97F4A7C15)
         hashes += ids[:, position : position + runs].astype(np.uint64)
     return hashes
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files in a model folder that a tokenizer can be loaded from."""
-    patterns = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json")
-    return [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a model folder. Raises InputError, naming the file, when it is missing or corrupt."""
-    files = tokenizer_files(folder)
-    hint = "copy the tokenizer files of the original model into the folder"
-    if not files:
-        raise InputError(f"{folder}: no tokenizer in the model folder, expected tokenizer.json", hint)
-    for file in files:
-        if file.suffix == ".json":
-            _read_json(file, hint)
-    settings = folder / "tokenizer_config.json"
-    if settings.exists() and "auto_map" in _read_json(settings, hint) and not trust_remote_code:
-        # Not refused at once: transformers often has a class of its own for it.
-        hint = "this tokenizer runs code from the model folder: read that code, then add --trust-remote-code"
-    from transformers import AutoTokenizer
-
-    with _CorruptTokenizer(files[0], hint):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-
-
-def _read_json(file: Path, hint: str) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} is corrupt: {error}", hint) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is corrupt: not a JSON object", hint)
-    return content
-
-
-class _CorruptTokenizer:
-    """Turns what loading a damaged tokenizer raises into an InputError.
-
-    The tokenizers library reports damage as a plain Exception, so that exact class is compared here: an
-    except clause for it would catch everything.
-    """
-
-    def __init__(self, file: Path, hint: str) -> None:
-        self.file = file
-        self.hint = hint
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        from huggingface_hub.errors import StrictDataclassError
-
-        damage = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError)
-        reason = " ".join(str(error).split())
-        if isinstance(error, (ArithmeticError, StrictDataclassError)):  # loading a tokenizer looks at config.json too
-            raise InputError(
-                f"{self.file.with_name('config.json')} is no configuration of a model: {reason}"
-            ) from error
-        if kind is Exception or isinstance(error, damage):
-            raise InputError(f"{self.file} cannot be loaded as a tokenizer: {reason}", self.hint) from error
 
 
 def given_windows(
@@ -282,7 +208,7 @@ def _texts(rows: Iterable[Row], template_of: Any, dataset: str) -> Iterator[str]
     while batch := list(islice(rows, BATCH_ROWS)):
         spoken = [row for row in batch if row.messages is not None]
         dialogues = dialogues or bool(spoken)
-        rendered = iter(_render(spoken, template_of) if template_of and spoken else map(paragraphs, spoken))
+        rendered = iter(chat.render(spoken, template_of) if template_of and spoken else map(paragraphs, spoken))
         for row in batch:
             if row.input_ids is not None:
                 raise InputError(f"{row.place}: input_ids after rows of text", "put them into separate files")
@@ -308,102 +234,3 @@ def too_short(dataset: str, tokens: int, windows: int, seqlen: int) -> InputErro
         f"{dataset}: {tokens} tokens, and {windows} windows of {seqlen} need {windows * seqlen}",
         "give more text, or lower --nsamples or --seqlen",
     )
-
-
-# Chat templates are programs from the model folder, hostile until proven otherwise: they run in a sandbox, in
-# a child process with limits on time, memory and open files.
-
-
-def _render(rows: Sequence[Row], tokenizer: Any) -> list[str]:
-    """The dialogues of the rows as the tokenizer's chat template writes them; InputError if it cannot."""
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise InputError("the model has no chat template", "leave out --chat-template") from error
-    special = tokenizer.special_tokens_map
-    job = {
-        "template": template,
-        "tokens": {name: token for name, token in special.items() if isinstance(token, str)},
-        "dialogues": [[vars(message) for message in row.messages or ()] for row in rows],
-    }
-    child = [sys.executable, "-P", "-c", f"from {__name__} import render_job; render_job()"]
-    stdin = json.dumps(job).encode()
-    try:
-        done = subprocess.run(child, input=stdin, capture_output=True, timeout=TEMPLATE_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise _rejected(rows, error.stdout or b"", f"not done after {TEMPLATE_SECONDS:g} s") from error
-    if done.returncode != 0:
-        reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:500]
-        raise _rejected(rows, done.stdout, reason or f"its process ended with code {done.returncode}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def _rejected(rows: Sequence[Row], stdout: bytes, reason: str) -> InputError:
-    """The error for the first row of which the child has not printed the text."""
-    place = rows[min(stdout.count(b"\n"), len(rows) - 1)].place
-    return InputError(
-        f"template rejected: {reason} (at {place})", "without --chat-template dialogues become paragraphs"
-    )
-
-
-def render_job() -> None:
-    """The child: a job as JSON on stdin, the text of each dialogue as a line of JSON on stdout."""
-    job = json.load(sys.stdin)
-    sandbox = _sandbox()
-    resource.setrlimit(resource.RLIMIT_AS, (TEMPLATE_MEMORY, TEMPLATE_MEMORY))
-    # A little longer than the time limit: it is for the case that nobody is left to enforce that one.
-    resource.setrlimit(resource.RLIMIT_CPU, (int(TEMPLATE_SECONDS) + 2,) * 2)
-    template = sandbox.from_string(job["template"])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
-    room = TEMPLATE_OUTPUT
-    for messages in job["dialogues"]:
-        text = template.render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=False, **job["tokens"]
-        )
-        room -= len(text)
-        if room < 0:
-            raise ValueError(f"more than {TEMPLATE_OUTPUT >> 20} Mi characters of output")
-        print(json.dumps(text), flush=True)
-
-
-def _sandbox() -> "ImmutableSandboxedEnvironment":
-    """An environment that renders what transformers renders, except that the date stands still."""
-    import jinja2.debug  # noqa: F401  imported by jinja2 when a template fails, too late to open a file
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Generation(Extension):
-        """{% generation %} marks what the model says, for training; here it is only passed over."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    class PlainNamespace(Namespace):
-        """A namespace in which no name of Python's own machinery can be set."""
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if name.startswith("_"):
-                raise TemplateError(f"{name} is not a name to set")
-            super().__setitem__(name, value)
-
-    def raise_exception(message: object) -> None:
-        raise TemplateError(str(message)[:500])
-
-    def strftime_now(form: str) -> str:
-        # Templates put the date into the system prompt; tomorrow the same command must give the same tokens.
-        return date(2025, 1, 1).strftime(form)
-
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
-
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    sandbox.filters["tojson"] = to_json
-    sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    sandbox.globals["namespace"] = PlainNamespace
-    return sandbox

@@ -6,6 +6,7 @@ from llmpare.compress import calibration
 from llmpare.compress.calibration import Windows
 from llmpare.compress.planning import Plan
 from llmpare.compress.request import NO_TEXT
+from llmpare.compress.tokenizer import load_tokenizer
 
 OVERLAP_LIMIT = 0.01  # share of the evaluation text that calibration may know before the figures flatter
 
@@ -33,7 +34,7 @@ class Texts:
 def read_texts(plan: Plan) -> Texts:
     """Both texts, cut into windows. Raises InputError for a tokenizer or a text that cannot be used."""
     request = plan.request
-    tokenizer = calibration.load_tokenizer(plan.model, trust_remote_code=request.trust_remote_code)
+    tokenizer = load_tokenizer(plan.model, trust_remote_code=request.trust_remote_code)
     limits = {"vocab_size": plan.vocabulary, "max_length": plan.longest}
     learned = None
     if request.calibration.dataset != NO_TEXT:

@@ -24,6 +24,7 @@ from llmpare.compress.grid import Solved
 from llmpare.compress.model.layout import Linear, layout
 from llmpare.compress.model.skeleton import Skeleton
 from llmpare.compress.request import QuantizeRequest, Scheme, TextSpec
+from llmpare.compress.tokenizer import load_tokenizer
 
 TINY_LLAMA = Path(__file__).parents[1] / "examples" / "tiny-llama"
 VOCABULARY = 4096
@@ -216,7 +217,7 @@ def solved(linear: Linear, scheme: Scheme, form: Format) -> Solved:
 
 def measured(dense: nn.Module, compressed: nn.Module, model: Path) -> dict[str, float]:
     """What a report of `request` should say of two models, worked out afresh on the same text."""
-    tokenizer = calibration.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     spec = request(model, model).evaluation
     windows = calibration.load(spec, tokenizer, vocab_size=VOCABULARY, part="evaluation", max_length=LENGTH)
     ids = torch.from_numpy(windows.ids)

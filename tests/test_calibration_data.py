@@ -17,9 +17,10 @@ import pytest
 
 from llmpare import calibration_data
 from llmpare.calibration_data import PARTS, Message, Row, bundled, manifest, parse_row, presets, rows
-from llmpare.compress.calibration import load, load_tokenizer, overlap
+from llmpare.compress.calibration import load, overlap
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.request import TextSpec
+from llmpare.compress.tokenizer import load_tokenizer
 
 TINY_LLAMA = Path(__file__).parents[1] / "examples" / "tiny-llama"
 

@@ -138,7 +138,7 @@ def test_no_import_circles() -> None:
 
 
 # The child in which chat templates are rendered answers on its own stdout, which is a pipe to its parent.
-WRITERS = ("llmpare.cli.output", "llmpare.cli.exits", "llmpare.compress.calibration")
+WRITERS = ("llmpare.cli.output", "llmpare.cli.exits", "llmpare.compress.chat")
 
 
 def test_only_output_prints() -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmpare.compress import calibration
 from llmpare.compress.calibration import DEFAULT_SEQLEN
 from llmpare.compress.checkpoint import locate
 from llmpare.compress.checkpoint.files import shown
@@ -16,6 +15,7 @@ from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.evaluate.request import EvaluateRequest
 from llmpare.compress.formats.decoded import DenseSource, open_dense
 from llmpare.compress.model.layout import find
+from llmpare.compress.tokenizer import load_tokenizer, tokenizer_files
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,6 @@ def _open(given: str, name: str, folder: Path, request: EvaluateRequest, stack: 
             "read that code, then add --trust-remote-code",
         )
     tokenizer = None
-    if calibration.tokenizer_files(folder):
-        tokenizer = calibration.load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
+    if tokenizer_files(folder):
+        tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
     return Subject(given, name, source, tokenizer)

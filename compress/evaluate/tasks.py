@@ -13,12 +13,12 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmpare.compress import calibration
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.evaluate import harness
 from llmpare.compress.evaluate.significance import flips
 from llmpare.compress.formats.decoded import DenseSource
 from llmpare.compress.progress import Progress, Silent
+from llmpare.compress.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def run(
 
     watching = progress or Silent()
     tasks = {name: harness.build(name, entry) for name, entry in harness.find(names, include).items()}
-    tokenizer = calibration.load_tokenizer(source.folder, trust_remote_code=trust)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=trust)
     model = whole.load(source, dtype, device, trust=trust)
     found = []
     for name, built in tasks.items():

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmpare.compress import calibration
-from llmpare.compress.calibration import Windows, load, load_tokenizer, overlap
+from llmpare.compress import calibration, chat
+from llmpare.compress.calibration import Windows, load, overlap
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.request import TextSpec
+from llmpare.compress.tokenizer import load_tokenizer
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"
 VOCABULARY = 4096
@@ -277,7 +278,7 @@ class TestDialogues:
             self.load_with(template, tmp_path)
 
     def test_an_endless_template_is_stopped(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(calibration, "TEMPLATE_SECONDS", 1.0)
+        monkeypatch.setattr(chat, "SECONDS", 1.0)
         endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
         with pytest.raises(InputError, match="template rejected: not done after 1 s"):
             self.load_with(endless, tmp_path)

@@ -18,7 +18,7 @@ import tiny
 from faults.kit import Llmpare, edit_json, flip_bit, none, refused, report
 
 from llmpare.calibration_data import presets
-from llmpare.compress import calibration
+from llmpare.compress import chat
 
 
 def test_16_tokenizer_missing(llmpare: Llmpare, broken: Path, out: Path, text: tiny.Text) -> None:
@@ -64,7 +64,7 @@ def test_16_tokens_outside_the_vocabulary(
 def test_17_hostile_chat_template(
     llmpare: Llmpare, broken: Path, tmp_path: Path, out: Path, text: tiny.Text, template: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(calibration, "TEMPLATE_SECONDS", 1.0)
+    monkeypatch.setattr(chat, "SECONDS", 1.0)
     edit_json(broken / "tokenizer_config.json", chat_template=template)
     dialogues = tmp_path / "dialogues.jsonl"
     row = {"messages": [{"role": "user", "content": text[0].read_text(encoding="utf-8")}]}

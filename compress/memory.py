@@ -29,8 +29,12 @@ def resident() -> int:
 
 
 def peak_resident() -> int:
-    """The most physical memory this process ever held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most physical memory this program ever held, in bytes.
+
+    Not ru_maxrss, which starts at what the process held before it became this program: a large parent's memory.
+    """
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
 
 
 def show(count: float) -> str:

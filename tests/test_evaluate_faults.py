@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,16 +239,6 @@ def test_half_the_windows_fit_into_device_memory(
 
 
 LIMIT = 150 * 2**20  # bytes of data beyond what an interpreter with everything imported has
-CHILD = """
-import resource, sys
-import torch, transformers
-from llmpare.cli.exits import main
-import llmpare.compress.evaluate.run
-from transformers.models.llama import modeling_llama
-used = int(open('/proc/self/statm').read().split()[5]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[1]),) * 2)
-sys.exit(main(sys.argv[2:]))
-"""
 
 
 def large(folder: Path, blocks: int) -> int:
@@ -289,10 +276,7 @@ def test_a_model_larger_than_the_memory_there_is(text: Path, tmp_path: Path) -> 
     weights = large(tmp_path / "large", blocks=20)
     assert weights > 2 * LIMIT
     arguments = [str(each) for each in command(tmp_path / "large", text, "--quiet", "--json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(LIMIT), *arguments], capture_output=True, encoding="utf-8", env=environment
-    )
+    done = tiny.limited(arguments, LIMIT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["candidates"][0]
     assert found["size"]["bytes"] == weights

@@ -1,10 +1,7 @@
 """A checkpoint several times larger than the memory that the process is allowed is compressed all the same."""
 
 import json
-import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import tiny
@@ -13,7 +10,7 @@ import torch
 from llmpare.compress.checkpoint.write import CheckpointWriter, TensorSpec
 
 MIB = 2**20
-LIMIT = 640 * MIB  # of memory that is private to the process, touched or not: importing torch reserves 200 and more
+LIMIT = 320 * MIB  # of memory that is private to the process, touched or not, beyond what imports reserve
 BLOCKS, HIDDEN, INNER = 70, 1024, 4096
 SHAPES = {
     "input_layernorm": (HIDDEN,),
@@ -58,22 +55,15 @@ def weights(shape: tuple[int, ...]) -> bytes:
 
 def test_a_model_several_times_larger_than_memory(tmp_path: Path) -> None:
     size = large_llama(tmp_path / "model")
-    assert size > 3 * LIMIT
+    assert size > 6 * LIMIT
     command = [
-        sys.executable, "-m", "llmpare.cli", "quantize", tmp_path / "model", "-o", tmp_path / "out", "--json",
+        "quantize", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--json",
         "--method", "rtn", "--dataset", "none", "--eval-nsamples", "1", "--seqlen", "32",
         "--ignore", "mlp|[qkv]_proj",  # their search takes time, and no memory that o_proj's does not
     ]  # fmt: skip
-    done = subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        encoding="utf-8",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT)),
-        check=False,
-    )
+    done = tiny.limited(command, LIMIT)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
     assert len(report["blocks"]) == BLOCKS
-    assert report["size"]["output_bytes"] > 2.9 * LIMIT  # what was not compressed went through as well
-    assert report["cost"]["peak_rss_bytes"] < size / 3
+    assert report["size"]["output_bytes"] > 6 * LIMIT  # what was not compressed went through as well
     shutil.rmtree(tmp_path)  # gigabytes that no later test should have to share the disk with

@@ -272,5 +272,24 @@ def _interrupt(signum: int, at: int, torn: bool) -> None:
         setattr(os, name, watched(name, vars(os)[name], before))
 
 
+_LIMITED = """
+import resource, sys
+import torch, transformers
+from llmpare.cli.exits import main
+import llmpare.compress.run, llmpare.compress.evaluate.run
+from transformers.models.llama import modeling_llama
+used = int(open('/proc/self/statm').read().split()[5]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[1]),) * 2)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def limited(command: Sequence[str], room: int) -> subprocess.CompletedProcess[str]:
+    """The command line in a process that may have `room` bytes of private memory beyond what imports reserve."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    words = [sys.executable, "-c", _LIMITED, str(room), *command]
+    return subprocess.run(words, capture_output=True, encoding="utf-8", env=environment, check=False)
+
+
 if __name__ == "__main__":
     _serve()

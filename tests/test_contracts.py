@@ -200,26 +200,33 @@ def test_what_must_be_instant_imports_nothing_heavy(module: str) -> None:
     assert done.stdout.split() == []
 
 
+LIBRARIES = ("-c", "import typer, rich.console, rich.panel, rich.table")
+"""What every command of this kind pays before its own work begins: the yardstick for the two tests below. On a
+machine where it takes 0.09 s, --help takes 0.2 s and `plan` 0.22 s; a limit in seconds would be the machine's."""
+
+
 def cpu_seconds(*arguments: str) -> float:
-    """User and system time of `llmpare ARGUMENTS`, the least of six runs: processors have other work too."""
-
-    def once() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "llmpare.cli", *arguments], capture_output=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    return min(once() for _ in range(6))
+    """User and system time of `python ARGUMENTS`."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-@pytest.mark.parametrize("command", [["--help"], ["quantize", "--help"], ["evaluate", "--help"]])
+def times_the_libraries(*command: str) -> float:
+    """CPU time of `llmpare COMMAND` in units of LIBRARIES, the least of six runs of each, taken in turn."""
+    pairs = [(cpu_seconds("-m", "llmpare.cli", *command), cpu_seconds(*LIBRARIES)) for _ in range(6)]
+    return min(ours for ours, _ in pairs) / min(theirs for _, theirs in pairs)
+
+
+@pytest.mark.parametrize("command", [["--help"], ["quantize", "--help"], ["evaluate", "--help"], ["prune", "--help"]])
 def test_help_is_instant(command: list[str]) -> None:
-    assert cpu_seconds(*command) < 0.3
+    assert times_the_libraries(*command) < 4
 
 
 @pytest.mark.parametrize("command", ["plan", "inspect"])
 def test_what_reads_only_headers_is_instant(command: str) -> None:
-    assert cpu_seconds(command, str(ROOT / "examples" / "tiny-llama")) < 1
+    assert times_the_libraries(command, str(ROOT / "examples" / "tiny-llama")) < 5
 
 
 @pytest.mark.parametrize(

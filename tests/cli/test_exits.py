@@ -126,7 +126,7 @@ def test_a_second_signal_stops_the_run_at_once(start: Start, signum: int) -> Non
     process.send_signal(signum)
     process.communicate(timeout=10)
     assert process.returncode == 128 + signum
-    assert time.monotonic() - before < 2
+    assert time.monotonic() - before < 5
 
 
 def test_a_signal_that_is_ignored_from_outside_stays_ignored(start: Start) -> None:

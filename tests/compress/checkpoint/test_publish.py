@@ -379,7 +379,7 @@ def test_the_second_run_is_turned_away(out: Path, source: Path, other_run: int) 
         start = time.monotonic()
         with pytest.raises(BusyError, match=f"another run .pid {other_run}. is working in .*out.partial"):
             produce(out, source, restart=restart)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 5
     assert contents(partial) == before
 
 

@@ -21,7 +21,7 @@ import torch
 
 from llmpare.compress import devices, memory
 from llmpare.compress.errors import InputError
-from llmpare.compress.evaluate.speed import engines, prompts, watermark
+from llmpare.compress.evaluate.speed import engines, prompts
 from llmpare.compress.evaluate.speed.engine import Case, Engine, Job, Run
 from llmpare.compress.evaluate.speed.growth import Growth
 
@@ -88,7 +88,7 @@ class Worker:
             _tell(self.pipe, done=index, **asdict(sample))
             spent = time.perf_counter() - start
             if case.growing or index == 0:
-                self.growth.record(case.batch, watermark.height(), spent, counts=case.growing)
+                self.growth.record(case.batch, memory.peak_resident(), spent, counts=case.growing)
 
     def _refusal(self, case: Case) -> str:
         """Why a case is not worth beginning, or ''."""
@@ -125,12 +125,12 @@ class Worker:
     def _peak(self) -> int | None:
         if self.engine.memory == "device":
             return devices.peak(self.device)
-        return watermark.height() - self.before if self.engine.memory == "resident" else None
+        return memory.peak_resident() - self.before if self.engine.memory == "resident" else None
 
     def _lower_water(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        watermark.lower()
+        memory.forget_peak()
 
     def _forget(self) -> None:
         self.engine.release()

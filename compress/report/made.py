@@ -1,12 +1,13 @@
 """Sections of report.md that every command has that makes a checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmpare.compress.report import show
 from llmpare.compress.report.marks import code, plain, table, with_error
 
 Section = Mapping[str, Any]
+WORST_LINEARS = 8
 
 
 def headline(report: Section, how: str, more: Sequence[Sequence[str]]) -> list[str]:
@@ -47,6 +48,52 @@ def headline(report: Section, how: str, more: Sequence[Sequence[str]]) -> list[s
         f"compression has not seen, both models in {fidelity['dtype']}, in the same pass.",
         "",
         *table(("", "dense", "compressed", ""), rows, right="12"),
+    ]
+
+
+def blocks(
+    found: Sequence[Section],
+    what: str,
+    of_block: Callable[[Section], str],
+    of_linear: Mapping[str, Callable[[Section], str]],
+    told: str = "",
+) -> list[str]:
+    """Every block, and the linears with the largest error.
+
+    what, of_block: title of the blocks' third column, and what it says. of_linear: the same for the columns of the
+    linears' table after name and shape, one of words and then figures. told: what those figures are, if titles do not
+    say it all.
+    """
+    rows = [
+        (
+            str(block["index"]),
+            show.figure(block["relative_error"], 3),
+            of_block(block),
+            "resumed" if block["resumed"] else show.duration(block["seconds"]),
+        )
+        for block in found
+    ]
+    linears = [linear for block in found for linear in block["linears"]]
+    worst = sorted(linears, key=lambda linear: -(linear["relative_error"] or 0.0))[:WORST_LINEARS]
+    worst_rows = [
+        (
+            code(linear["name"]),
+            f"{linear['rows']} × {linear['columns']}",
+            *(said(linear) for said in of_linear.values()),
+        )
+        for linear in worst
+    ]
+    figures = "".join(map(str, range(3, 2 + len(of_linear))))
+    return [
+        "## Blocks",
+        "",
+        "Relative error: squared error of the output over the squared output, with the errors of all blocks before.",
+        "",
+        *table(("block", "relative error", what, "time"), rows, right="013"),
+        "",
+        f"The {len(worst)} linears with the largest error of their own, of {len(linears)}:{told}",
+        "",
+        *table(("linear", "shape", *of_linear), worst_rows, right=figures),
     ]
 
 

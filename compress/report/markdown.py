@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmpare.compress.report import common, evaluated, made, pruned, show
-from llmpare.compress.report.marks import code, table
-
-WORST_LINEARS = 8
+from llmpare.compress.report.marks import code
 
 Section = Mapping[str, Any]
 
@@ -56,37 +54,15 @@ def _scheme(scheme: Section) -> str:
 
 
 def _blocks(blocks: Sequence[Section]) -> list[str]:
-    rows = [
-        (
-            str(block["index"]),
-            show.figure(block["relative_error"], 3),
-            ", ".join(sorted({linear["scheme"] for linear in block["linears"]})) or "dense",
-            "resumed" if block["resumed"] else show.duration(block["seconds"]),
-        )
-        for block in blocks
-    ]
-    linears = [linear for block in blocks for linear in block["linears"]]
-    worst = sorted(linears, key=lambda linear: -(linear["relative_error"] or 0.0))[:WORST_LINEARS]
-    worst_rows = [
-        (
-            code(linear["name"]),
-            f"{linear['rows']} × {linear['columns']}",
-            f"{linear['scheme']}, {linear['method']}",
-            show.figure(linear["relative_error"], 3),
-        )
-        for linear in worst
-    ]
-    return [
-        "## Blocks",
-        "",
-        "Relative error: squared error of the output over the squared output, with the errors of all blocks before.",
-        "",
-        *table(("block", "relative error", "scheme", "time"), rows, right="013"),
-        "",
-        f"The {len(worst)} linears with the largest error of their own, of {len(linears)}:",
-        "",
-        *table(("linear", "shape", "scheme", "relative error"), worst_rows, right="3"),
-    ]
+    return made.blocks(
+        blocks,
+        "scheme",
+        lambda block: ", ".join(sorted({linear["scheme"] for linear in block["linears"]})) or "dense",
+        {
+            "scheme": lambda linear: f"{linear['scheme']}, {linear['method']}",
+            "relative error": lambda linear: show.figure(linear["relative_error"], 3),
+        },
+    )
 
 
 def _loading(request: Section) -> list[str]:

@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmpare.compress.report import common, made, show
-from llmpare.compress.report.marks import code, plain, table
-
-WORST_LINEARS = 8
+from llmpare.compress.report.marks import plain
 
 Section = Mapping[str, Any]
 
@@ -81,39 +79,17 @@ def _structure(report: Section) -> tuple[str, Sequence[Sequence[str]], list[str]
 
 
 def _blocks(blocks: Sequence[Section]) -> list[str]:
-    rows = [
-        (
-            str(block["index"]),
-            show.figure(block["relative_error"], 3) if block["relative_error"] is not None else "",
-            "removed" if block.get("removed") else ", ".join(sorted({_left(n) for n in block["linears"]})),
-            "resumed" if block["resumed"] else show.duration(block["seconds"]),
-        )
-        for block in blocks
-    ]
-    linears = [linear for block in blocks for linear in block["linears"]]
-    worst = sorted(linears, key=lambda linear: -(linear["relative_error"] or 0.0))[:WORST_LINEARS]
-    worst_rows = [
-        (
-            code(linear["name"]),
-            f"{linear['rows']} × {linear['columns']}",
-            _left(linear),
-            show.figure(linear["error_removed"], 3),
-            show.figure(linear["relative_error"], 3),
-        )
-        for linear in worst
-    ]
-    return [
-        "## Blocks",
-        "",
-        "Relative error: squared error of the output over the squared output, with the errors of all blocks before.",
-        "",
-        *table(("block", "relative error", "what is left", "time"), rows, right="013"),
-        "",
-        f"The {len(worst)} linears with the largest error of their own, of {len(linears)}: before and after what stays "
-        "makes up for what has left.",
-        "",
-        *table(("linear", "shape", "what is left", "before", "after"), worst_rows, right="34"),
-    ]
+    return made.blocks(
+        blocks,
+        "what is left",
+        lambda block: "removed" if block.get("removed") else ", ".join(sorted({_left(n) for n in block["linears"]})),
+        {
+            "what is left": _left,
+            "before": lambda linear: show.figure(linear["error_removed"], 3),
+            "after": lambda linear: show.figure(linear["relative_error"], 3),
+        },
+        " before and after what stays makes up for what has left.",
+    )
 
 
 def _left(linear: Section) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from llmpare.compress.evaluate.request import TOP
 
 RANGES = 32  # of positions, at most
+_STRIP = 64  # positions whose probabilities exist at a time: new memory costs more than the sums over it
 EDGES = (0.0, *(10 ** (quarter / 4) for quarter in range(-28, 9)))  # nats: a quarter of a decade each, 1e-7 … 100
 
 
@@ -55,11 +56,13 @@ def score(dense: Tensor, compressed: Tensor, targets: Tensor) -> Scores:
     dense_top, compressed_top = top(dense), top(compressed)
     p, q = log_softmax_(dense), log_softmax_(compressed)
     dense_nll, compressed_nll = nll(p, targets), nll(q, targets)
-    weight, difference = p.exp(), q.sub_(p).neg_()
-    kl = torch.linalg.vecdot(weight, difference)
+    difference = q.sub_(p).neg_()
+    strips = zip(p.split(_STRIP, 1), difference.split(_STRIP, 1), strict=True)
+    kl = torch.cat([torch.linalg.vecdot(a.exp(), b) for a, b in strips], 1)
     unsure = kl.isnan()
     if unsure.any():  # where p is 0 the term is 0, also if both logits are −inf
-        kl[unsure] = torch.linalg.vecdot(weight[unsure], difference[unsure].masked_fill_(p[unsure] == -math.inf, 0.0))
+        weight = p[unsure].exp()
+        kl[unsure] = torch.linalg.vecdot(weight, difference[unsure].masked_fill_(weight == 0, 0.0))
     return Scores(dense_nll, compressed_nll, kl, *agreement(dense_top, compressed_top))
 
 
@@ -77,7 +80,7 @@ def agreement(dense: Tensor, compressed: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def log_softmax_(logits: Tensor) -> Tensor:
     """The log-probabilities, in the same memory."""
-    return logits.copy_(torch.log_softmax(logits, -1))
+    return torch.log_softmax(logits, -1, out=logits)
 
 
 def nll(log_probabilities: Tensor, targets: Tensor) -> Tensor:

@@ -9,37 +9,78 @@ waits costs memory: the widest activation of every token. `parallel` runs the bl
 batch at a time, and leaves the stream where it was.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from llmpare.compress import memory
+from llmpare.compress import memory, routing
 from llmpare.compress.errors import InputError
 from llmpare.compress.gram import Gram, shared_inputs, watched
 from llmpare.compress.grid import Statistics
+from llmpare.compress.model.experts import Mixture, Routed
 from llmpare.compress.model.replay import Replay
 from llmpare.compress.streams import Stream
 
 Groups = Iterator[tuple[list[str], Statistics]]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Whose inputs are to be learned about: linears by name, and mixtures of experts.
+
+    everything: every expert learns from every token.
+    """
+
+    linears: Mapping[str, nn.Module]
+    mixtures: Sequence[Mixture] = ()
+    everything: bool = False
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What is called with inputs: the linears, and the doors of mixtures that linears read at."""
+        doors = {place: each.doors[place] for each in self.mixtures for place in each.readers}
+        return {**self.linears, **doors}
+
+    @property
+    def readers(self) -> dict[str, dict[int, list[str]]]:
+        """Of every door, the names of the linears that read there, by expert."""
+        return {place: readers for each in self.mixtures for place, readers in each.readers.items()}
+
+    @contextmanager
+    def opened(self, *, check: bool = False) -> Iterator[None]:
+        """Within the context, experts' inputs go through the doors: see Mixture."""
+        with ExitStack() as stack:
+            for mixture in self.mixtures:
+                stack.enter_context(mixture.opened(everything=self.everything, check=check))
+            yield
+
+
 @torch.no_grad()
-def sequential(replay: Replay, index: int, modules: Mapping[str, nn.Module], stream: Stream) -> Groups:
+def sequential(replay: Replay, index: int, inputs: Inputs, stream: Stream) -> Groups:
     """Statistics of block `index`, one shared input at a time; the stream is advanced past the block."""
     memory.trim()
-    groups = _groups(replay, index, modules, stream)
+    groups, modules, readers = _groups(replay, index, inputs, stream), inputs.modules, inputs.readers
     hub = getcurrent()
 
     def travel(batch: int) -> None:
         stream.hidden[batch] = replay.run(index, stream.hidden[batch])
 
-    with watched(modules, groups, lambda group, x: hub.switch((group, x))):
+    with inputs.opened(), watched(modules, groups, lambda group, x: hub.switch((group, x))):
         travellers = [greenlet(travel) for _ in range(len(stream))]
         waiting = [traveller.switch(batch) for batch, traveller in enumerate(travellers)]
         while waiting[0] is not None:  # what a traveller hands over at its end
             group, x = waiting[0]
+            if isinstance(x, Routed):
+                flows = [x for _, x in waiting]
+                del x, waiting
+                yield from routing.learn(flows, readers[groups[group][0]], everything=inputs.everything)
+                del flows
+                waiting = [traveller.switch() for traveller in travellers]
+                continue
             gram = Gram(x.shape[-1], x.device)
             for _, x in waiting:
                 gram.add(x)
@@ -54,7 +95,7 @@ def sequential(replay: Replay, index: int, modules: Mapping[str, nn.Module], str
 def parallel(
     replay: Replay,
     index: int,
-    modules: Mapping[str, nn.Module],
+    inputs: Inputs,
     stream: Stream,
     dense: Stream | None,
     *,
@@ -64,12 +105,16 @@ def parallel(
 
     dense: the original model's stream, which is advanced past the block; its inputs give the drift, if asked for.
     """
-    groups = _groups(replay, index, modules, stream)
+    groups, modules, readers = _groups(replay, index, inputs, stream), inputs.modules, inputs.readers
     grams: dict[int, Gram] = {}
+    routed: dict[int, routing.Grams] = {}
     for batch in range(len(stream)):
         original: dict[int, Tensor] = {}
 
-        def accumulate(group: int, x: Tensor, original: dict[int, Tensor] = original) -> None:
+        def accumulate(group: int, x: Tensor | Routed, original: dict[int, Tensor] = original) -> None:
+            if isinstance(x, Routed):
+                routed.setdefault(group, routing.Grams(list(readers[groups[group][0]]))).add(x)
+                return
             gram = grams.setdefault(group, Gram(x.shape[-1], x.device, with_drift=with_drift))
             gram.add(x, original.get(group))
 
@@ -77,16 +122,21 @@ def parallel(
         if dense is not None and not same:
             with watched(modules, groups if with_drift else (), original.__setitem__):
                 dense.hidden[batch] = replay.run(index, dense.hidden[batch])
-        with watched(modules, groups, accumulate):
+        with inputs.opened(), watched(modules, groups, accumulate):
             out = replay.run(index, stream.hidden[batch])
         if dense is not None and same:
             dense.hidden[batch] = out
     for group, names in enumerate(groups):
-        yield names, grams.pop(group).statistics()
+        if group in routed:
+            yield from routed.pop(group).statistics(readers[names[0]], everything=inputs.everything)
+        else:
+            yield names, grams.pop(group).statistics()
 
 
-def _groups(replay: Replay, index: int, modules: Mapping[str, nn.Module], stream: Stream) -> list[list[str]]:
-    groups = shared_inputs(modules, lambda: replay.run(index, stream.hidden[0][:1]))
+def _groups(replay: Replay, index: int, inputs: Inputs, stream: Stream) -> list[list[str]]:
+    modules = inputs.modules
+    with inputs.opened(check=True):
+        groups = shared_inputs(modules, lambda: replay.run(index, stream.hidden[0][:1]))
     idle = sorted(modules.keys() - {name for names in groups for name in names})
     if idle:
         raise InputError(f"nothing flows through {', '.join(idle)}", "leave what the model does not use to --ignore")

@@ -190,7 +190,8 @@ class Pass:
         if place is None:
             raise ValueError(f"block {index} is not in the output")
         block = self._models.output.skeleton.blocks[place]
-        ran = dict(block.named_parameters())  # place and restore put new tensors, these stay as they are
+        ran = dict(block.named_parameters())
+        self._models.output.skeleton.unload(place)  # what is restored goes to new tensors, these stay as they are
         self._restore(index)
         for name, parameter in block.named_parameters():
             if not torch.equal(parameter, ran[name]):

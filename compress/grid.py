@@ -22,10 +22,14 @@ class Statistics:
 
     gram: H = X̃ᵀX̃ / tokens, [columns, columns], of the inputs as the compressed model produces them.
     drift: D = (X − X̃)ᵀX̃ / tokens, the same shape, X being the original model's inputs; None if it was not asked for.
+    tokens: of an expert, those that were routed to it; None for what all tokens flow through.
+    borrowed: tokens' worth of other experts' inputs in an expert's gram.
     """
 
     gram: Tensor
     drift: Tensor | None = None
+    tokens: int | None = None
+    borrowed: int = 0
 
 
 @dataclass(frozen=True)

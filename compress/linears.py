@@ -57,10 +57,12 @@ class Linears:
     ) -> Iterator[tuple[list[str], Statistics | None]]:
         if calibration is None or not linears:
             return iter([([name], None) for name in linears])
-        modules = {name: self._model.skeleton.module(name) for name in linears}
+        skeleton = self._model.skeleton
+        modules = {name: skeleton.module(name) for name, linear in linears.items() if linear.expert is None}
+        inputs = collect.Inputs(modules, skeleton.mixtures(list(linears.values())), self._plan.request.route_all)
         if self._plan.sequential:
-            return collect.sequential(self._model.replay, index, modules, calibration)
-        return collect.parallel(self._model.replay, index, modules, calibration, dense, with_drift=drift)
+            return collect.sequential(self._model.replay, index, inputs, calibration)
+        return collect.parallel(self._model.replay, index, inputs, calibration, dense, with_drift=drift)
 
     def advance(self, index: int, calibration: Stream | None) -> None:
         """Takes the calibration stream past the treated block, unless `groups` has, or nobody looks at it again."""
@@ -70,23 +72,40 @@ class Linears:
 
     def weight(self, linear: Linear, source: Mapping[str, Tensor]) -> Tensor:
         """The original weight [rows, columns] in float32; NaN and infinities, if allowed at all, count as 0."""
-        weight = source[linear.weight].to(self._model.skeleton.device, torch.float32)
+        stored = source[linear.tensor]
+        if linear.expert is not None and linear.expert.fused is not None:
+            stored = stored[linear.expert.index]
+        weight = stored.to(self._model.skeleton.device, torch.float32)
         weight = weight.t().contiguous() if linear.transposed else weight
         return weight.nan_to_num(0.0, 0.0, 0.0) if self._plan.request.allow_nonfinite else weight
 
     def put(self, linear: Linear, weight: Tensor) -> None:
         """Puts a weight [rows, columns] into the linear's module, in the working dtype."""
-        weight = weight.t().contiguous() if linear.transposed else weight
-        self._model.skeleton.place({linear.weight: weight})
+        self._model.skeleton.put(linear, weight)
 
 
 def put_stored(plan: StoredPlan, linears: Linears, index: int, stored: Mapping[str, Tensor]) -> None:
     """Puts the weights that a block's tensors in the output stand for into the linears that are quantized."""
     for linear in plan.layout.of_block(index):
-        if plan.schemes[linear] is not None:
+        if plan.schemes[linear] is not None and linear.tensor == linear.weight:  # else it is in place as it is
             own = {name: tensor.to(linears.device) for name, tensor in stored.items()
                    if name.startswith(linear.name + ".")}  # fmt: skip
             linears.put(linear, plan.decode(linear, own))
+
+
+def join(linears: Sequence[Linear], tensors: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a block as they are on disk: weights of single experts become one tensor where they were one.
+
+    source: the block's original tensors.
+    """
+    joined = dict(tensors)
+    for linear in linears:
+        expert = linear.expert
+        if expert is not None and expert.fused is not None:
+            if expert.fused not in joined:
+                joined[expert.fused] = source[expert.fused].clone()
+            joined[expert.fused][expert.index] = joined.pop(linear.weight)
+    return joined
 
 
 def relative_error(weight: Tensor, changed: Tensor, statistics: Statistics | None) -> float:

@@ -115,7 +115,7 @@ class Plan(Subject, ABC):
     @cached_property
     def changed(self) -> frozenset[str]:
         """Names of the weights that the run changes."""
-        return frozenset(linear.weight for linear in self.compressed)
+        return frozenset(linear.tensor for linear in self.compressed)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values, one entry per tensor."""
@@ -211,7 +211,7 @@ def _dtype(asked: str, checkpoint: Checkpoint, found: Layout) -> str:
     if asked == "auto":
         counts: Counter[str] = Counter()
         for linear in found.linears:
-            counts[linear.dtype] += checkpoint.tensors[linear.weight].numel
+            counts[linear.dtype] += linear.rows * linear.columns
         return counts.most_common(1)[0][0]
     if asked not in names:
         raise UsageError(f"unknown dtype {asked!r}", f"--dtype takes auto, {', '.join(names)}")

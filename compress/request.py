@@ -129,6 +129,7 @@ class RunRequest:
     revision: str | None = None
     trust_remote_code: bool = False
     allow_nonfinite: bool = False
+    route_all: bool = False  # experts learn from all tokens, not only from those that are routed to them
     gates: Gates = field(default_factory=Gates)
     strict: bool = False
     force: bool = False

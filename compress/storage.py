@@ -83,7 +83,8 @@ class StoredPlan(Plan):
         """See Plan."""
         if not self.quantized:
             return None
-        added = self.format.config(self.schemes, self.base, outside)
+        kept = dict.fromkeys(self.layout.gates)
+        added = self.format.config({**self.schemes, **kept}, self.base, outside)
         return None if added is None else {**config, **self.format.aliases(config), "quantization_config": added}
 
     def files(self) -> dict[str, bytes]:
@@ -92,7 +93,7 @@ class StoredPlan(Plan):
 
     @cached_property
     def _by_weight(self) -> dict[str, Linear]:
-        return {linear.weight: linear for linear in self.layout.linears}
+        return {linear.tensor: linear for linear in self.layout.linears}
 
     def _stored_bytes(self, linear: Linear) -> int:
         scheme = self.schemes[linear]
@@ -105,8 +106,11 @@ def stored_specs(checkpoint: Checkpoint, found: Layout, schemes: Schemes, form: 
     """The tensors of the output. Raises InputError for schemes that cannot be stored, or not so that servers load."""
     _refuse_divided(schemes)
     _refuse_odd_groups(schemes)
+    _refuse_experts(schemes, form)
     form.check(schemes)
-    by_weight = {linear.weight: (linear, scheme) for linear, scheme in schemes.items()}
+    by_weight = {
+        linear.weight: (linear, scheme) for linear, scheme in schemes.items() if linear.tensor == linear.weight
+    }
     for name in (*found.outside, *(name for block in found.blocks for name in block)):
         linear, scheme = by_weight.get(name, (None, None))
         if linear is not None and scheme is not None:
@@ -127,6 +131,14 @@ def _refuse_divided(schemes: Schemes) -> None:
                     f"{name} and {different[0]} have different schemes, but servers join them into one matrix",
                     f"let one pattern match all of {', '.join(family)}",
                 )
+
+
+def _refuse_experts(schemes: Schemes, form: formats.Format) -> None:
+    """What loaders of a format would refuse, or worse, fill with random numbers."""
+    quantized = [linear for linear, scheme in schemes.items() if scheme is not None and linear.expert is not None]
+    for linear in quantized:
+        if linear.tensor == linear.weight:
+            continue
 
 
 def _refuse_odd_groups(schemes: Schemes) -> None:

@@ -14,9 +14,12 @@ from typing import Any, Protocol
 
 from llmpare.compress.checkpoint.files import clipped
 from llmpare.compress.errors import InputError, UnsupportedError
+from llmpare.compress.model import mixtures
+from llmpare.compress.model.mixtures import Expert
 
 SUPPORTED = (
-    "Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3 (text), Phi-3, OPT, GPT-2, GPT-NeoX and decoders built like them"
+    "Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3 (text), Phi-3, OPT, GPT-2, GPT-NeoX, the mixtures of experts of "
+    "Mixtral, Qwen3, OLMoE, Granite, DeepSeek-V3 and gpt-oss, and decoders built like them"
 )
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -52,6 +55,8 @@ class Linear:
     """One linear of a block. `name` is its name in the checkpoint, without '.weight'.
 
     rows × columns is output × input features, also when `transposed`: Conv1D stores the weight as [input, output].
+    expert: which one it belongs to, in a mixture. If the experts' weights are one tensor, `name` and `weight` are
+    made up for its part of `tensor`.
     """
 
     name: str
@@ -60,11 +65,17 @@ class Linear:
     columns: int
     dtype: str
     transposed: bool = False
+    expert: Expert | None = None
 
     @property
     def weight(self) -> str:
-        """Name of its weight tensor in the checkpoint."""
+        """Name of its weight tensor."""
         return f"{self.name}.weight"
+
+    @property
+    def tensor(self) -> str:
+        """Name of the tensor in the checkpoint that holds its weight."""
+        return self.weight if self.expert is None or self.expert.fused is None else self.expert.fused
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,12 @@ class Layout:
     blocks: tuple[tuple[str, ...], ...]  # the tensors of every block, in the order of the checkpoint
     linears: tuple[Linear, ...]
     outside: tuple[str, ...]  # embeddings, final norm, head, and whatever no block claims
+    gates: tuple[Linear, ...] = ()  # what routes tokens to experts, or weighs those that all share: never touched
+
+    @property
+    def experts(self) -> tuple[Linear, ...]:
+        """The linears that belong to experts."""
+        return tuple(linear for linear in self.linears if linear.expert is not None)
 
     def of_block(self, index: int) -> tuple[Linear, ...]:
         """The linears of one block."""
@@ -111,13 +128,16 @@ def layout(checkpoint: Source) -> Layout:
         )
     blocks = tuple(tuple(numbered[index]) for index in range(count))
     inside = {name for block in blocks for name in block}
-    linears = tuple(
-        linear for index, block in enumerate(blocks) for linear in _linears(checkpoint, architecture, index, block)
-    )
+    linears: list[Linear] = []
+    gates: list[Linear] = []
+    for index, block in enumerate(blocks):
+        found, routing = _linears(checkpoint, architecture, f"{prefix}.{index}".lstrip("."), index, block)
+        linears += found
+        gates += routing
     if not linears:
         raise _unsupported(architecture, f"no two-dimensional weight was found under {prefix!r}")
     outside = tuple(name for name in checkpoint.tensors if name not in inside)
-    return Layout(architecture, prefix, blocks, linears, outside)
+    return Layout(architecture, prefix, blocks, tuple(linears), outside, tuple(gates))
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -167,27 +187,43 @@ def _blocks(tensors: Mapping[str, Header], architecture: str) -> tuple[str, dict
     return prefix, found[prefix]
 
 
-def _linears(checkpoint: Source, architecture: str, index: int, block: tuple[str, ...]) -> list[Linear]:
-    found = []
+def _linears(
+    checkpoint: Source, architecture: str, prefix: str, index: int, block: tuple[str, ...]
+) -> tuple[list[Linear], list[Linear]]:
+    """The linears of a block, and its gates. prefix: of the block."""
+    own = mixtures.own_weights(prefix, block)
+    plain, fused = [], []
     for name in block:
         info = checkpoint.tensors[name]
-        if re.search(r"\.experts\.|\.\d+\.\D*\.\d+\.", name) or len(info.shape) > 2:
-            shape = list(info.shape)
-            raise _unsupported(
-                architecture, f"{name} {shape} is part of a mixture of experts or a convolution, not supported yet"
-            )
-        if len(info.shape) == 2 and name.endswith(".weight"):
+        if len(info.shape) > 2 and not mixtures.fused(info):
+            raise _unsupported(architecture, f"{name} {list(info.shape)} is part of a convolution, not supported yet")
+        if len(info.shape) == 3 or (len(info.shape) == 2 and name.endswith(".weight")):
             if info.dtype not in _FLOATS:
                 raise InputError(
                     f"{name} is {info.dtype}; weights must be {', '.join(_FLOATS)}", "start from the original model"
                 )
-            found.append(info)
-    transposed = _stored_transposed(checkpoint, found)
+            (fused if len(info.shape) == 3 else plain).append(info)
+    transposed = _stored_transposed(checkpoint, plain)
     linears = []
-    for info in found:
+    for info in plain:
         columns, rows = info.shape if transposed else info.shape[::-1]
-        linears.append(Linear(info.name.removesuffix(".weight"), index, rows, columns, info.dtype, transposed))
-    return linears
+        name = info.name.removesuffix(".weight")
+        linears.append(Linear(name, index, rows, columns, info.dtype, transposed, own.get(info.name)))
+    for info in fused:
+        turned = _fused_transposed(checkpoint, info)
+        columns, rows = info.shape[1:] if turned else info.shape[:0:-1]
+        for name, expert in mixtures.of_fused(info):
+            linears.append(Linear(name, index, rows, columns, info.dtype, turned, expert))
+    experts = {linear.expert for linear in linears if linear.expert is not None}
+    shapes = {linear.weight: (linear.rows, linear.columns) for linear in linears if linear.expert is None}
+    gates = mixtures.gates(prefix, experts, shapes)
+    return [n for n in linears if n.weight not in gates], [n for n in linears if n.weight in gates]
+
+
+def _fused_transposed(checkpoint: Source, info: Header) -> bool:
+    """Whether experts are stored as [experts, input, output]: told by their biases [experts, output]."""
+    bias = checkpoint.tensors.get(f"{info.name.removesuffix('.weight')}_bias")
+    return bias is not None and bias.shape == (info.shape[0], info.shape[2])
 
 
 def _stored_transposed(checkpoint: Source, weights: list[Header]) -> bool:

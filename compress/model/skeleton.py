@@ -4,7 +4,8 @@ The only file that knows how transformers maps names on disk to parameters. It u
 no promise of stability; tests/compress/model/test_skeleton.py pins what they must do.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,23 +13,28 @@ from torch import Tensor, nn
 
 from llmpare.compress.checkpoint.files import clipped
 from llmpare.compress.errors import InputError, UnsupportedError
-from llmpare.compress.model.layout import SUPPORTED, Layout, Source
+from llmpare.compress.model.experts import Mixture, Slot, check_filled
+from llmpare.compress.model.layout import SUPPORTED, Layout, Linear, Source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
 
 
 class Skeleton:
     """A causal language model without weights.
 
     model: the transformers module. blocks: its decoder blocks. names: checkpoint tensor name → parameter name, for
-    every tensor the model claims; tensors it does not claim (extra prediction heads) are absent.
+    every tensor the model claims; tensors it does not claim (extra prediction heads) are absent. slots: the same for
+    tensors that are a part of a parameter, such as those of single experts.
     """
 
     def __init__(self, checkpoint: Source, layout: Layout, dtype: torch.dtype, device: torch.device, *, trust: bool):
         self.dtype, self.device = dtype, device
         self.model = _build(checkpoint, layout.architecture, dtype, trust)
-        self.names = _names(self.model, checkpoint)
+        self.names, self.slots = _names(self.model, checkpoint, layout.architecture)
+        self._kept = self.model._get_dtype_plan(dtype)  # what stays in float32 whatever the working dtype
+        self._fused = {linear.tensor for linear in layout.experts if linear.expert and linear.expert.fused}
         self.blocks = _find_blocks(self.model, len(layout.blocks), layout.architecture)
         for buffer in self.model.buffers():
             if not buffer.is_meta:
@@ -38,16 +44,61 @@ class Skeleton:
     def place(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts tensors, by checkpoint name, where they belong, in the working dtype and on the device."""
         for name, tensor in tensors.items():
+            if name in self.slots:
+                self._fill(self.slots[name], tensor)
+                continue
             target = self.names.get(name)
             if target is None:
                 continue
             owner, _, leaf = target.rpartition(".")
             module = self.model.get_submodule(owner)
-            value = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            dtype = self._dtype(target) if tensor.is_floating_point() else None
+            value = tensor.to(self.device, dtype, copy=name in self._fused)  # single experts are written to
             if leaf in module._buffers:
                 module._buffers[leaf] = value
             else:
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def put(self, linear: Linear, weight: Tensor) -> None:
+        """Puts a weight [rows, columns] where the linear's own is, in the working dtype."""
+        weight = weight.t().contiguous() if linear.transposed else weight
+        if linear.tensor == linear.weight:
+            self.place({linear.weight: weight})
+        else:
+            self._fill(self._slot(linear), weight)
+
+    def _fill(self, slot: Slot, tensor: Tensor) -> None:
+        owner, _, leaf = slot.parameter.rpartition(".")
+        module = self.model.get_submodule(owner)
+        whole = module._parameters[leaf]
+        assert whole is not None
+        if whole.is_meta:  # the other tensors of the block fill the rest of it
+            whole = nn.Parameter(whole.new_empty(whole.shape, dtype=self.dtype, device=self.device), False)
+            module._parameters[leaf] = whole
+        slot.of(whole).copy_(tensor)
+
+    def _slot(self, linear: Linear) -> Slot:
+        """Where an expert's weight is."""
+        if linear.expert is None:
+            raise ValueError(f"{linear.name} belongs to no expert")
+        if linear.expert.fused is None:
+            return self.slots[linear.weight]
+        parameter = self.names[linear.tensor]
+        return Slot(parameter, linear.expert.index, 0, self.model.get_parameter(parameter).shape[1])
+
+    def _dtype(self, target: str) -> torch.dtype:
+        return next((d for key, d in self._kept.items() if re.search(key.replace("*", ".*"), target)), self.dtype)
+
+    def mixtures(self, linears: Sequence[Linear]) -> list[Mixture]:
+        """The mixtures of experts that linears belong to, in order."""
+        found: dict[str, Mixture] = {}
+        for linear in linears:
+            if linear.expert is not None:
+                owner, _, leaf = self._slot(linear).parameter.rpartition(".")
+                name = linear.expert.mixture
+                mixture = found.setdefault(name, Mixture(name, self.model.get_submodule(owner)))
+                mixture.add(linear, leaf)
+        return list(found.values())
 
     def place_outside(self, tensors: Mapping[str, Tensor]) -> None:
         """The same for all that is not a block; ties the head to the embeddings and checks that nothing is missing."""
@@ -98,6 +149,9 @@ class Skeleton:
     def _check_linears(self, layout: Layout) -> None:
         """What the headers look like must be what the model is; a wrong guess must not reach the maths."""
         for linear in layout.linears:
+            if linear.expert is not None:
+                self._check_expert(linear, layout.architecture)
+                continue
             if linear.weight not in self.names:
                 raise _unsupported(layout.architecture, f"no module claims {linear.weight}")
             module = self.module(linear.name)
@@ -107,6 +161,15 @@ class Skeleton:
             known = kind == "Conv1D" if linear.transposed else isinstance(module, nn.Linear)
             if not known or tuple(stored) != expected:
                 raise _unsupported(layout.architecture, f"{linear.name} is a {kind} of {list(stored)}, not a linear")
+
+    def _check_expert(self, linear: Linear, architecture: str) -> None:
+        if linear.tensor not in self.slots and linear.tensor not in self.names:
+            raise _unsupported(architecture, f"no module claims {linear.tensor}")
+        if linear.tensor == linear.weight and linear.weight not in self.slots:
+            raise _unsupported(architecture, f"{linear.name} is a module of its own, not one of fused experts")
+        why = self.mixtures([linear])[0].misfit(linear, self._slot(linear))
+        if why:
+            raise _unsupported(architecture, why)
 
 
 def _unsupported(architecture: str, why: str) -> UnsupportedError:
@@ -145,8 +208,10 @@ def _build(checkpoint: Source, architecture: str, dtype: torch.dtype, trust: boo
     return model
 
 
-def _names(model: "PreTrainedModel", checkpoint: Source) -> dict[str, str]:
-    """Checkpoint name → parameter name, by transformers' own rules."""
+def _names(
+    model: "PreTrainedModel", checkpoint: Source, architecture: str
+) -> tuple[dict[str, str], dict[str, Slot]]:
+    """Checkpoint name → parameter name, and checkpoint name → part of a parameter, by transformers' own rules."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -154,18 +219,53 @@ def _names(model: "PreTrainedModel", checkpoint: Source) -> dict[str, str]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
-    names = {}
+    names, slots = {}, {}
     for name in checkpoint.tensors:
-        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if target in state:
-            if tuple(state[target].shape) != checkpoint.tensors[name].shape:
-                raise InputError(
-                    f"{name} has shape {list(checkpoint.tensors[name].shape)}, config.json implies "
-                    f"{list(state[target].shape)}",
-                    "config.json and the weights do not belong together",
-                )
-            names[name] = target
-    return names
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target not in state:
+            continue
+        shape, expected = checkpoint.tensors[name].shape, tuple(state[target].shape)
+        if pattern is not None:
+            converter = next(entry for entry in converters if pattern in entry.source_patterns)
+            slots[name] = _slot(name, target, pattern, converter, shape, expected, architecture)
+            continue
+        if expected != shape:
+            raise InputError(
+                f"{name} has shape {list(shape)}, config.json implies {list(expected)}",
+                "config.json and the weights do not belong together",
+            )
+        names[name] = target
+    check_filled(slots, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    return names, slots
+
+
+def _slot(
+    name: str,
+    target: str,
+    pattern: str,
+    converter: "WeightConverter",
+    shape: tuple[int, ...],
+    expected: tuple[int, ...],
+    architecture: str,
+) -> Slot:
+    """The part of parameter `target` that a tensor is: one expert's matrix, or one of several that are joined.
+
+    transformers stacks the tensors of one pattern over the experts, then joins those of all patterns by rows.
+    """
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    index = re.search(re.escape(pattern.lstrip("^")).replace(r"\*", r"(\d+)"), name)
+    stacked, *joined = converter.operations
+    parts = converter.source_patterns
+    known = isinstance(stacked, MergeModulelist) and stacked.dim == 0 and len(joined) == (len(parts) > 1)
+    if not index or not known or any(not isinstance(each, Concatenate) or each.dim != 1 for each in joined):
+        raise _unsupported(architecture, f"transformers converts {name} in a way that is not known here")
+    if len(shape) != 2 or expected[1:] != (len(parts) * shape[0], shape[1]) or int(index[1]) >= expected[0]:
+        raise InputError(
+            f"{name} has shape {list(shape)}, config.json implies a part of {list(expected)}",
+            "config.json and the weights do not belong together",
+        )
+    return Slot(target, int(index[1]), parts.index(pattern) * shape[0], shape[0])
 
 
 def _find_blocks(model: nn.Module, count: int, architecture: str) -> nn.ModuleList:

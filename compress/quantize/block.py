@@ -11,12 +11,13 @@ from llmpare.compress import quantize
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
 from llmpare.compress.grid import IntGrid, Solved, Statistics
-from llmpare.compress.linears import Linears, put_stored, relative_error
+from llmpare.compress.linears import Linears, join, put_stored, relative_error
 from llmpare.compress.model.layout import Linear
 from llmpare.compress.model.models import Models
 from llmpare.compress.quantize.plan import QuantizePlan
 from llmpare.compress.quantize.tuned import Start
 from llmpare.compress.request import PER_CHANNEL, Scheme
+from llmpare.compress.routing import Tally
 from llmpare.compress.streams import Stream
 
 TUNING_WINDOWS = 8  # per step: more do not pay for their time
@@ -55,6 +56,7 @@ class QuantizeBlocks:
         solved: dict[str, Solved] = {}
         errors: dict[str, float] = {}
         wanted = list(linears.values())
+        tally = Tally()
         for group, statistics in self._linears.groups(index, wanted, calibration, dense, with_drift=self._wants_drift):
             with self._clock.phase("solve"):
                 for stack in self._stacks(group):
@@ -62,6 +64,7 @@ class QuantizeBlocks:
                     self._solve(stack, weights, statistics, solved, errors)
                 for linear in group:
                     self._linears.put(linear, self._plan.format.weight(linear, solved[linear.name]))
+                tally.note(group, statistics)
         gains: dict[str, Tensor] = {}
         if self._tuner is not None and calibration is not None and dense is not None:
             with self._clock.phase("tune"):
@@ -72,7 +75,9 @@ class QuantizeBlocks:
         self._linears.advance(index, calibration)
         with self._clock.phase("pack"):
             tensors = self._encode(linears, solved)
-        return {**tensors, **gains}, self._facts(linears, solved, errors)
+            tensors = join(wanted, tensors, source)
+        facts = self._facts(linears, solved, errors)
+        return {**tensors, **gains}, tally.added(facts)
 
     def restore(self, index: int, stored: Mapping[str, Tensor]) -> None:
         """Puts the weights that `stored`, the block's tensors in the output, stand for into the loaded block."""

@@ -59,6 +59,7 @@ def quantize(
     nsamples: flags.Nsamples = None,
     seqlen: flags.Seqlen = None,
     chat_template: flags.ChatTemplate = None,
+    route_all: flags.RouteAll = None,
     eval_dataset: flags.EvalDataset = None,
     eval_nsamples: flags.EvalNsamples = None,
     max_kl: flags.MaxKl = None,

@@ -165,6 +165,7 @@ Seed = Annotated[Text, value("--seed", metavar="N", help="Seed of whatever is ra
 MaxMemory = Annotated[Text, value("--max-memory", metavar="SIZE", help="Stay below this, as 16GiB.")]
 Revision = Annotated[Text, value("--revision", metavar="NAME", help="Branch, tag or commit of a hub model.")]
 TrustRemoteCode = Annotated[Switch, switch("--trust-remote-code", help="Allow code from the model folder to run.")]
+RouteAll = Annotated[Switch, switch("--route-all", help="Experts learn from all tokens, not only their own.")]
 AllowNonfinite = Annotated[Switch, switch("--allow-nonfinite", help="Take weights with NaN or infinity as they are.")]
 
 Config = Annotated[Text, value("--config", metavar="FILE", help="YAML with the same names; a flag wins.")]

@@ -77,6 +77,7 @@ def quantize_request(settings: Settings, out: Path | None = None) -> QuantizeReq
         revision=settings.get("revision"),
         trust_remote_code=settings.get("trust-remote-code", False),
         allow_nonfinite=settings.get("allow-nonfinite", False),
+        route_all=settings.get("route-all", False),
         gates=gates(settings),
         strict=settings.get("strict", False),
         force=settings.get("force", False),

@@ -77,6 +77,7 @@ QUANTIZE: Parsers = {
     **dict.fromkeys(METHOD_OPTIONS, values.number),
     "layers": values.mappings,
     "desc-act": values.flag,
+    "route-all": values.flag,
 }
 
 PRUNE: Parsers = {

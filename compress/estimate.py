@@ -44,6 +44,7 @@ def logit_tokens(device: str) -> int:
 class Needs:
     """Bytes by kind.
 
+    apart: statistics besides, if windows do not pass through a block together: those of all experts at once.
     stream_per_token: activations that every calibration token costs for the whole run. waiting_per_token: those it
     costs besides if all windows pass through a block together, which they do up to waiting_limit.
     """
@@ -58,11 +59,13 @@ class Needs:
     waiting_per_token: int
     tokens: int
     waiting_limit: int = SEQUENTIAL
+    apart: int = 0
 
     @property
     def memory(self) -> int:
         """The peak, in bytes."""
-        fixed = self.process + self.weights + max(self.statistics + self.solving, self.forward) + self.evaluation
+        learned = self.statistics + (0 if self.sequential else self.apart)
+        fixed = self.process + self.weights + max(learned + self.solving, self.forward) + self.evaluation
         return fixed + self._per_token * self.tokens
 
     @property
@@ -141,18 +144,26 @@ def needs_of(
     blocks = [sum(tensors[name].nbytes for name in block) for block in layout.blocks]
     of_block = [layout.of_block(index) for index in range(len(blocks))]
     stacks = [_stacks(linears) for linears in of_block]
-    grams = max(sum(columns * columns for _, columns in found) for found in stacks)
-    columns = max(linear.columns for linear in layout.linears)
+    plain = [[linear for linear in linears if linear.expert is None] for linears in of_block]
+    experts = [[linear for linear in linears if linear.expert is not None] for linears in of_block]
+    routed = find(checkpoint.config, "num_experts_per_tok", "num_experts_per_token", default=1)
+    columns = max(_waiting(linears, routed, hidden) for linears in of_block)
     text = request.calibration.dataset != NO_TEXT
     windows = (request.calibration.nsamples or DEFAULT_WINDOWS["calibration"]) if text else 0
     watched = request.evaluation.nsamples or DEFAULT_WINDOWS["evaluation"]
     batch = min(max(batch_tokens("cpu"), seqlen), max(windows, watched) * seqlen)
-    widths = max(sum(linear.rows for linear in linears) for linears in of_block)
+    widths = max(_outputs(linears, routed) for linears in of_block)
     both = 2 if work.dense_too else 1
     return Needs(
         process=PROCESS,
-        weights=(outside + 3 * max(blocks)) * (2 if work.twin else 1),
-        statistics=4 * grams * both if text else 0,
+        # experts are copied into their place, and what becomes of them waits until all of a block are done
+        weights=(outside + (5 if layout.experts else 3) * max(blocks)) * (2 if work.twin else 1),
+        # of a single expert, and of all of its mixture together
+        statistics=4 * max(map(_grams, plain)) * both
+        + 8 * max((linear.columns**2 for linear in layout.experts), default=0)
+        if text
+        else 0,
+        apart=4 * max(map(_grams, experts)) if text else 0,
         solving=max(
             max(_solving(rows, columns, work, text) for found in stacks for rows, columns in found),
             _tuning(of_block, batch * widths * size) if work.tunes else 0,
@@ -173,6 +184,24 @@ def _stacks(linears: Sequence[Linear]) -> list[tuple[int, int]]:
     for linear in linears:
         rows[linear.name.rpartition(".")[0], linear.columns] += linear.rows
     return [(total, columns) for (_, columns), total in rows.items()]
+
+
+def _grams(linears: Sequence[Linear]) -> int:
+    """Numbers in the Gram matrices of all inputs of some linears."""
+    return sum(columns * columns for _, columns in _stacks(linears))
+
+
+def _outputs(linears: Sequence[Linear], routed: int) -> int:
+    """What the linears of a block put out for one token, that passes through `routed` experts of each mixture."""
+    first = [linear for linear in linears if linear.expert is not None and linear.expert.index == 0]
+    return sum(linear.rows for linear in linears if linear.expert is None) + routed * sum(n.rows for n in first)
+
+
+def _waiting(linears: Sequence[Linear], routed: int, hidden: int) -> int:
+    """The widest input of a linear in a block, per token; experts' own are what `routed` of them made of it."""
+    widest = max(linear.columns for linear in linears)
+    inner = [linear.columns for linear in linears if linear.expert is not None and linear.rows == hidden]
+    return max(widest, routed * max(inner, default=0))
 
 
 def _solving(rows: int, columns: int, work: Work, text: bool) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llmpare.compress import routing
 from llmpare.compress.checkpoint.read import CONFIG, Checkpoint
 from llmpare.compress.clock import Clock
 from llmpare.compress.command import Command
@@ -74,11 +75,15 @@ def describe(job: Job, done: Done) -> dict[str, Any]:
         "overlap": texts.overlap,
         "size": size,
         "fidelity": done.fidelity,
-        "blocks": [{key: value for key, value in record.items() if key != "fallbacks"} for record in done.records],
+        "blocks": [
+            {key: value for key, value in record.items() if key not in ("fallbacks", routing.EXPERTS)}
+            for record in done.records
+        ],
         "kept_dense": [
             {"name": linear.name, "why": "asked for"} for linear in plan.layout.linears if linear not in compressed
         ],
         **plan.sections(done.records),
+        **routing.section(done.records, size["parameters_compressed"]),
         "fallbacks": fallbacks,
         "warnings": warnings,
         "gates": checked,

@@ -16,6 +16,7 @@ from llmpare.compress.grid import Statistics
 from llmpare.compress.model.experts import Routed
 from llmpare.compress.model.layout import Linear
 
+EXPERTS = "experts"  # the name of their facts in a block's record, and of their section in the report
 Readers = Mapping[int, list[str]]
 Learned = Iterator[tuple[list[str], Statistics]]
 
@@ -87,7 +88,7 @@ class Tally:
     def __init__(self) -> None:
         self._tokens: dict[str, dict[int, int]] = defaultdict(dict)
         self._short: dict[str, dict[int, int]] = defaultdict(dict)
-        self._borrowed: list[str] = []
+        self._weights = [0, 0]  # of experts, and of those that borrowed
 
     def note(self, linears: Sequence[Linear], statistics: Statistics | None) -> None:
         """Counts in linears that share an input with those statistics."""
@@ -96,29 +97,49 @@ class Tally:
         for linear in linears:
             assert linear.expert is not None
             self._tokens[linear.expert.mixture][linear.expert.index] = statistics.tokens
+            self._weights[0] += linear.rows * linear.columns
             if statistics.borrowed:
                 self._short[linear.expert.mixture][linear.expert.index] = statistics.tokens
-                self._borrowed.append(linear.name)
+                self._weights[1] += linear.rows * linear.columns
 
     def added(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """The facts of the block with those of its experts, if it has any: tokens by expert, and who borrowed."""
+        """The facts of the block with those of its experts, if it has any."""
         if not self._tokens:
             return facts
         mixtures = [
-            {"name": name, "tokens": {str(expert): count for expert, count in sorted(tokens.items())}}
+            {
+                "name": name,
+                "tokens": {str(expert): count for expert, count in sorted(tokens.items())},
+                "borrowed": sorted(self._short[name]),
+            }
             for name, tokens in self._tokens.items()
         ]
-        return {
-            **facts,
-            "experts": {"mixtures": mixtures, "borrowed": self._borrowed},
-            "fallbacks": [*facts["fallbacks"], *(_fallback(name, short) for name, short in self._short.items())],
+        short = [_fallback(name, experts) for name, experts in self._short.items() if experts]
+        parameters, borrowed = self._weights
+        experts = {"parameters": parameters, "borrowed_parameters": borrowed, "mixtures": mixtures}
+        return {**facts, EXPERTS: experts, "fallbacks": [*facts["fallbacks"], *short]}
+
+
+def section(records: Sequence[Mapping[str, Any]], compressed: int) -> dict[str, Any]:
+    """The report's section on experts, if there are any. records: of all blocks. compressed: weights in linears."""
+    found = [(record["index"], record[EXPERTS]) for record in records if EXPERTS in record]
+    if not found:
+        return {}
+    borrowed = sum(experts["borrowed_parameters"] for _, experts in found)
+    return {
+        EXPERTS: {
+            "parameters": sum(experts["parameters"] for _, experts in found),
+            "borrowed_parameters": borrowed,
+            "borrowed_share": borrowed / compressed,
+            "mixtures": [{"block": index, **mixture} for index, experts in found for mixture in experts["mixtures"]],
         }
+    }
 
 
 def _fallback(mixture: str, short: Mapping[int, int]) -> dict[str, str]:
     named = ", ".join(f"{expert} ({count})" for expert, count in sorted(short.items()))
     return {
         "name": mixture,
-        "cause": f"fewer tokens than inputs were routed to {len(short)} experts: {named}",
+        "cause": f"experts with fewer tokens than inputs: {named}",
         "action": "statistics topped up with those of all experts of the mixture",
     }

@@ -106,7 +106,6 @@ def stored_specs(checkpoint: Checkpoint, found: Layout, schemes: Schemes, form: 
     """The tensors of the output. Raises InputError for schemes that cannot be stored, or not so that servers load."""
     _refuse_divided(schemes)
     _refuse_odd_groups(schemes)
-    _refuse_experts(schemes, form)
     form.check(schemes)
     by_weight = {
         linear.weight: (linear, scheme) for linear, scheme in schemes.items() if linear.tensor == linear.weight
@@ -131,14 +130,6 @@ def _refuse_divided(schemes: Schemes) -> None:
                     f"{name} and {different[0]} have different schemes, but servers join them into one matrix",
                     f"let one pattern match all of {', '.join(family)}",
                 )
-
-
-def _refuse_experts(schemes: Schemes, form: formats.Format) -> None:
-    """What loaders of a format would refuse, or worse, fill with random numbers."""
-    quantized = [linear for linear, scheme in schemes.items() if scheme is not None and linear.expert is not None]
-    for linear in quantized:
-        if linear.tensor == linear.weight:
-            continue
 
 
 def _refuse_odd_groups(schemes: Schemes) -> None:

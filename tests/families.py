@@ -96,6 +96,43 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family({"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 16}, "transformer.h"),
 }
 
+_EXPERTS = {"num_hidden_layers": 2, "intermediate_size": 128, "num_experts_per_tok": 2}
+MIXTURES: dict[str, Family] = {
+    "mixtral": Family({**_DECODER, **_EXPERTS, "num_local_experts": 4}),
+    "qwen2_moe": Family(
+        {
+            **_DECODER,
+            **_EXPERTS,
+            "num_experts": 4,
+            "moe_intermediate_size": 128,
+            "shared_expert_intermediate_size": 128,
+        },
+        sharded=True,
+    ),
+    "qwen3_moe": Family({**_LLAMA, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 128}, sharded=True),
+    "olmoe": Family({**_DECODER, **_EXPERTS, "num_experts": 8}, dtype=torch.float32),
+    "granitemoe": Family({**_DECODER, **_EXPERTS, "num_local_experts": 4}, tied=True),
+    "deepseek_v3": Family(
+        {
+            **_DECODER,
+            **_EXPERTS,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 128,
+            "q_lora_rank": 64,
+            "kv_lora_rank": 64,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+        }
+    ),
+    "gpt_oss": Family({**_LLAMA, **_EXPERTS, "num_local_experts": 4, "sliding_window": SLIDING}),
+}
+
 
 def write(
     folder: Path,
@@ -107,7 +144,7 @@ def write(
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a random checkpoint with a tokenizer to `folder` and returns it; what is not given is the family's own."""
-    known = FAMILIES[family]
+    known = {**FAMILIES, **MIXTURES}[family]
     config = transformers.AutoConfig.for_model(
         family,
         **{

@@ -28,7 +28,8 @@ class CompressedTensors:
         return linear.dtype
 
     def check(self, schemes: Mapping[Linear, Scheme | None]) -> None:
-        """Only nn.Linear is known to compressed-tensors."""
+        """Only nn.Linear is known to compressed-tensors, and experts only as transformers puts them together."""
+        _check_experts(schemes)
         for linear, scheme in schemes.items():
             if scheme is not None and linear.transposed:
                 raise InputError(
@@ -95,6 +96,8 @@ class CompressedTensors:
             linears.setdefault(scheme, []).append(linear)
         dense = _patterns(linears.pop(None, []))
         used = {scheme: group for scheme, group in linears.items() if scheme is not None}
+        # transformers takes the first group that names anything like experts for theirs; shared ones are like them
+        used = dict(sorted(used.items(), key=lambda item: all(linear.expert is None for linear in item[1])))
         targets = {scheme: _patterns(group) if len(used) > 1 else ["Linear"] for scheme, group in used.items()}
         return {
             "quant_method": "compressed-tensors",
@@ -120,6 +123,35 @@ class CompressedTensors:
                 "quantization_config=CompressedTensorsConfig(dequantize=True); vLLM and SGLang load it as it is",
             )
         return ()
+
+
+def _check_experts(schemes: Mapping[Linear, Scheme | None]) -> None:
+    """transformers unpacks the experts of a model under one symmetric scheme, before it stacks them.
+
+    What it finds otherwise it takes for something else: some ends in an error, some in random or wrong weights.
+    """
+    experts = {linear: scheme for linear, scheme in schemes.items() if linear.expert is not None}
+    used = set(experts.values())
+    if not used or (used == {None} and all(linear.tensor != linear.weight for linear in experts)):
+        return
+    some = next(iter(experts))
+    if some.tensor != some.weight:
+        raise InputError(
+            f"compressed-tensors cannot store the experts of {some.tensor}: one tensor holds them all, and no loader "
+            "unpacks that",
+            "--ignore 'experts' leaves them dense; --format dense shows what the loss would be",
+        )
+    if len(used) > 1 or None in used:
+        found = ", ".join(sorted("dense" if scheme is None else scheme.name for scheme in used))
+        raise InputError(
+            f"compressed-tensors stores all experts of a model under one scheme, here they are {found}: "
+            "transformers would load them wrong, some of them without a word",
+            "let one pattern match all of 'experts', or use --format dense",
+        )
+    if any(scheme is not None and not scheme.symmetric for scheme in used):
+        raise InputError(
+            "transformers cannot load asymmetric experts from compressed-tensors", "use --sym, or --format dense"
+        )
 
 
 def _words(count: int, bits: int) -> int:

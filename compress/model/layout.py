@@ -192,7 +192,8 @@ def _linears(
 ) -> tuple[list[Linear], list[Linear]]:
     """The linears of a block, and its gates. prefix: of the block."""
     own = mixtures.own_weights(prefix, block)
-    plain, fused = [], []
+    plain: list[Header] = []
+    fused: list[Header] = []
     for name in block:
         info = checkpoint.tensors[name]
         if len(info.shape) > 2 and not mixtures.fused(info):

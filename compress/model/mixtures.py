@@ -59,8 +59,9 @@ def fused(info: Header) -> bool:
 def of_fused(info: Header) -> list[tuple[str, Expert]]:
     """Names for the linears that a fused tensor holds, and what they are."""
     owner, _, leaf = info.name.removesuffix(".weight").rpartition(".")
+    mixture = owner if owner.endswith("experts") else f"{owner}.experts"
     count = info.shape[0]
-    return [(f"{owner}.{index}.{leaf}", Expert(owner, index, count, info.name)) for index in range(count)]
+    return [(f"{mixture}.{index}.{leaf}", Expert(mixture, index, count, info.name)) for index in range(count)]
 
 
 def gates(prefix: str, experts: Collection[Expert], matrices: Mapping[str, tuple[int, ...]]) -> set[str]:

@@ -208,9 +208,7 @@ def _build(checkpoint: Source, architecture: str, dtype: torch.dtype, trust: boo
     return model
 
 
-def _names(
-    model: "PreTrainedModel", checkpoint: Source, architecture: str
-) -> tuple[dict[str, str], dict[str, Slot]]:
+def _names(model: "PreTrainedModel", checkpoint: Source, architecture: str) -> tuple[dict[str, str], dict[str, Slot]]:
     """Checkpoint name → parameter name, and checkpoint name → part of a parameter, by transformers' own rules."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

@@ -50,7 +50,9 @@ def look(plan: MaskPlan, walk: Walk, model: Model, calibration: Stream | None, c
             modules = {name: model.skeleton.module(name) for name in wanted}
             with clock.phase("survey"):
                 # the stream is its own original: nothing is pruned yet, and so it is past the block when this is done
-                groups = list(collect.parallel(model.replay, index, modules, text, text, with_drift=False))
+                groups = list(
+                    collect.parallel(model.replay, index, collect.Inputs(modules), text, text, with_drift=False)
+                )
                 others = [model.replay.run(index, hidden) for hidden in others]
                 for names, statistics in groups:
                     group = [wanted[name] for name in names]

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmpare.compress import formats, quantize
+from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.estimate import needs
 from llmpare.compress.model.layout import Layout, Linear
 from llmpare.compress.planning import idle_patterns, opened
 from llmpare.compress.request import NO_TEXT, QuantizeRequest, Scheme
 from llmpare.compress.storage import StoredPlan, stored_specs
+
+LEAST_SHARE = 0.5  # of the weights in the blocks, that must be in linears
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ def plan_quantize(request: QuantizeRequest) -> QuantizePlan:
     if request.calibration.dataset == NO_TEXT and method.needs_text:
         raise UsageError(f"--method {request.method} needs calibration text", "give a --dataset, or use --method rtn")
     with opened(request) as (checkpoint, subject):
+        _refuse_little(checkpoint, subject.layout)
+        _refuse_for_experts(request, subject.layout)
         schemes, warnings = _schemes(request, subject.layout)
         plan = QuantizePlan(
             **vars(subject),
@@ -49,6 +54,37 @@ def plan_quantize(request: QuantizeRequest) -> QuantizePlan:
     if not plan.quantized:
         raise InputError("no linear is left to quantize", "loosen --ignore or the layers of the config file")
     return plan
+
+
+def _refuse_little(checkpoint: Checkpoint, found: Layout) -> None:
+    """A scheme promises a size; a model that is mostly something else cannot keep that promise."""
+    linears = sum(linear.rows * linear.columns for linear in found.linears)
+    whole = sum(checkpoint.tensors[name].numel for block in found.blocks for name in block)
+    if linears < LEAST_SHARE * whole:
+        raise InputError(
+            f"only {linears / whole:.0%} of the weights in the blocks of {found.architecture} are linears, "
+            "the rest would stay as it is",
+            "the output would be far from the size the scheme promises: this model cannot be quantized here",
+        )
+
+
+def _refuse_for_experts(request: QuantizeRequest, found: Layout) -> None:
+    """What has no meaning where every token goes another way."""
+    if not found.experts:
+        if request.route_all:
+            raise UsageError(f"--route-all: {found.architecture} has no mixture of experts", "leave it out")
+        return
+    if quantize.find(request.method).tuner:
+        raise UsageError(
+            f"--method {request.method} trains whole blocks, and not those with experts, as {found.architecture} has",
+            "use --method gptq",
+        )
+    if dict(request.options).get("correction"):
+        raise UsageError(
+            f"--correction compares what flows into linears, and {found.architecture} sends tokens to other experts "
+            "once it is compressed",
+            "leave it out",
+        )
 
 
 def _schemes(request: QuantizeRequest, found: Layout) -> tuple[dict[Linear, Scheme | None], list[str]]:

@@ -97,6 +97,35 @@ def blocks(
     ]
 
 
+def experts(found: Section | None) -> list[str]:
+    """What the router of every mixture sent to its experts."""
+    if found is None:
+        return []
+    rows = []
+    for mixture in found["mixtures"]:
+        counts = mixture["tokens"].values()
+        rows.append(
+            (
+                code(mixture["name"]),
+                str(len(counts)),
+                show.count(min(counts)),
+                show.count(max(counts)),
+                ", ".join(f"{expert} ({mixture['tokens'][str(expert)]})" for expert in mixture["borrowed"]) or "none",
+            )
+        )
+    return [
+        "## Experts",
+        "",
+        f"{show.count(found['parameters'])} of the compressed weights belong to experts. Those with fewer tokens than "
+        f"inputs borrowed statistics from the other experts of their mixture: {show.percent(found['borrowed_share'])} "
+        "of all compressed weights.",
+        "",
+        *table(
+            ("mixture", "experts", "fewest tokens", "most tokens", "borrowed, with their tokens"), rows, right="123"
+        ),
+    ]
+
+
 def kept_dense(kept: Sequence[Section]) -> list[str]:
     """What stayed as it was."""
     if not kept:

@@ -27,6 +27,7 @@ def _quantized(report: Section) -> Sequence[list[str]]:
         common.gates(report["gates"]),
         common.concerns(report),
         _blocks(report["blocks"]),
+        made.experts(report.get("experts")),
         made.kept_dense(report["kept_dense"]),
         made.texts(report),
         common.cost(report["cost"]),

@@ -82,7 +82,8 @@ def test_a_run_tells_the_truth_and_its_output_loads(family: str, models: dict[st
 
 def test_experts_learn_from_all_tokens_if_asked_to(models: dict[str, Path]) -> None:
     model = models["mixtral"]
-    own = untaught(model, "own", format="dense", calibration=asked(model, "x").calibration)
+    own = untaught(model, "compressed-tensors", calibration=asked(model, "dense").calibration)
+    own = replace(own, out=own.out.with_name("own"))
     every = replace(own, out=own.out.with_name("every"), route_all=True, strict=True)
     reports = [run_quantize(each, Silent()) for each in (own, every)]
     assert reports[0]["experts"]["borrowed_share"] > 0
@@ -126,8 +127,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_loads_wrong_or_has_no_meaning_is_refused(case: str, models: dict[str, Path]) -> None:
     family, changes, says = REFUSED[case]
+    form = changes.get("format", "compressed-tensors")
+    options = {name: value for name, value in changes.items() if name != "format"}
     with pytest.raises((InputError, UsageError), match=says):
-        plan_quantize(asked(models[family], "compressed-tensors", **changes))
+        plan_quantize(asked(models[family], form, **options))
 
 
 def test_a_run_that_was_cut_short_goes_on(models: dict[str, Path]) -> None:

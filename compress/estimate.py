@@ -20,7 +20,7 @@ from llmpare.compress.request import NO_TEXT, QuantizeRequest, RunRequest, Schem
 
 PROCESS = 480 * 2**20  # an interpreter with torch and transformers imported
 SEQUENTIAL = 16 * 2**30  # bytes of activations that may wait inside a block for its linears to be solved
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # enough to keep the device busy, little enough to stay small
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # enough to keep the device busy, little enough to stay in its cache
 _LOGIT_TOKENS = {"cpu": 512, "cuda": 4096}
 
 

@@ -27,7 +27,7 @@ class Method:
         return {**self.options, **self.tuner_options}
 
 
-_GPTQ = {"damping": 0.01, "rounds": 1, "sweeps": 3, "correction": 0.0}
+_GPTQ = {"damping": 0.01, "rounds": 1, "sweeps": 2, "correction": 0.0}
 METHODS: dict[str, Method] = {
     "rtn": Method("rtn:solve", needs_text=False, summary="round to nearest, scales searched by input energy"),
     "gptq": Method("gptq:solve", _GPTQ, summary="error propagation, then refinement in Gram space"),

@@ -51,7 +51,7 @@ def test_tokens_are_windows_times_their_length(checkpoint: Checkpoint) -> None:
 
 def test_every_part_is_counted(checkpoint: Checkpoint) -> None:
     for name, size in asdict(needs(checkpoint)).items():
-        assert size > 0, name
+        assert size > 0 or name == "apart", name  # that is for mixtures of experts
 
 
 @pytest.mark.parametrize("part", ["process", "weights", "evaluation", "tokens", "stream_per_token"])

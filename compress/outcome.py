@@ -17,6 +17,8 @@ from llmpare.compress.progress import Progress
 from llmpare.compress.report import build, gates
 from llmpare.compress.texts import Texts
 
+_ASIDE = ("fallbacks", routing.EXPERTS, "kept_experts")  # facts of a block that the report has in sections of their own
+
 
 @dataclass(frozen=True)
 class Job:
@@ -75,10 +77,7 @@ def describe(job: Job, done: Done) -> dict[str, Any]:
         "overlap": texts.overlap,
         "size": size,
         "fidelity": done.fidelity,
-        "blocks": [
-            {key: value for key, value in record.items() if key not in ("fallbacks", routing.EXPERTS)}
-            for record in done.records
-        ],
+        "blocks": [{key: value for key, value in record.items() if key not in _ASIDE} for record in done.records],
         "kept_dense": [
             {"name": linear.name, "why": "asked for"} for linear in plan.layout.linears if linear not in compressed
         ],

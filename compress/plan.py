@@ -12,7 +12,7 @@ from llmpare.compress.errors import MemoryLimitError, OutputError
 from llmpare.compress.estimate import disk_free
 from llmpare.compress.planning import Plan
 from llmpare.compress.prune.cut import ShrinkRequest
-from llmpare.compress.prune.decide import plan_shrink
+from llmpare.compress.prune.experts import plan_structure
 from llmpare.compress.prune.plan import plan_masks
 from llmpare.compress.prune.request import MaskRequest, PruneRequest
 from llmpare.compress.quantize.plan import plan_quantize
@@ -20,7 +20,7 @@ from llmpare.compress.quantize.plan import plan_quantize
 __all__ = ["Plan", "check_room", "plan_prune", "plan_quantize"]
 
 
-_PRUNING: dict[type[PruneRequest], Callable[[Any], Plan]] = {MaskRequest: plan_masks, ShrinkRequest: plan_shrink}
+_PRUNING: dict[type[PruneRequest], Callable[[Any], Plan]] = {MaskRequest: plan_masks, ShrinkRequest: plan_structure}
 
 
 def plan_prune(request: PruneRequest) -> Plan:

@@ -32,7 +32,7 @@ class Gptq:
     def check(self, schemes: Mapping[Linear, Scheme | None]) -> None:
         """Whole words in both directions, and one scheme: most loaders of this format know only one."""
         used = {scheme for scheme in schemes.values() if scheme is not None}
-        if any(linear.expert is not None for linear in schemes):
+        if used and any(linear.expert is not None for linear in schemes):
             raise InputError(
                 "the gptq format cannot store mixtures of experts: transformers fills the experts with random numbers",
                 "use --format compressed-tensors",

@@ -80,6 +80,7 @@ class Mixture:
 
     def __post_init__(self) -> None:
         self._outside, self._inside = f"{self.name} (tokens)", f"{self.name} (inner)"
+        self.exit = nn.Identity()  # the same for what comes out: (expert, weighted output [tokens, hidden])
         self.doors = {self._outside: nn.Identity(), self._inside: nn.Identity()}
 
     def add(self, linear: Linear, parameter: str) -> None:
@@ -142,6 +143,7 @@ class Mixture:
         for expert, x in made.items():
             tokens, slots = routes[expert]
             part = self._product("down_proj", expert, x) * gain[tokens, slots, None]
+            self.exit((expert, part))
             out.index_add_(0, tokens, part.to(out.dtype))
         return out
 

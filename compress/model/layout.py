@@ -136,6 +136,13 @@ def layout(checkpoint: Source) -> Layout:
         gates += routing
     if not linears:
         raise _unsupported(architecture, f"no two-dimensional weight was found under {prefix!r}")
+    told = any("expert" in name for name in config)
+    for linear in linears:
+        if linear.expert is not None and not told:
+            shape = list(checkpoint.tensors[linear.tensor].shape)
+            raise _unsupported(
+                architecture, f"{linear.tensor} {shape} is part of a mixture of experts, and config.json has none"
+            )
     outside = tuple(name for name in checkpoint.tensors if name not in inside)
     return Layout(architecture, prefix, blocks, tuple(linears), outside, tuple(gates))
 

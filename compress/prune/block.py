@@ -12,7 +12,7 @@ from llmpare.compress import prune, quantize
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
 from llmpare.compress.grid import IntGrid, Statistics
-from llmpare.compress.linears import Linears, put_stored, relative_error
+from llmpare.compress.linears import Linears, join, put_stored, relative_error
 from llmpare.compress.model.layout import Linear
 from llmpare.compress.model.models import Models
 from llmpare.compress.prune.joint import MaskedGrid
@@ -22,6 +22,7 @@ from llmpare.compress.prune.pruned import Pruned
 from llmpare.compress.prune.refit import refit
 from llmpare.compress.quantize import gptq, linalg
 from llmpare.compress.request import PER_CHANNEL
+from llmpare.compress.routing import Tally
 from llmpare.compress.streams import Stream
 
 DAMPING = 0.01  # of the refit, for methods that have none of their own
@@ -62,16 +63,20 @@ class MaskBlocks:
         """Leaves block `index`, which is loaded with its original weights, pruned: see engine.Treatment."""
         wanted = [linear for linear in self._plan.compressed if linear.block == index]
         made: dict[Linear, _Made] = {}
+        tally = Tally()
         for group, statistics in self._linears.groups(index, wanted, calibration):
             with self._clock.phase("solve"):
                 made.update(self._solve(group, source, statistics))
                 for linear in group:
                     self._linears.put(linear, made[linear].weight)
+                tally.note(group, statistics)
         self._linears.advance(index, calibration)
-        return {name: tensor for each in made.values() for name, tensor in each.tensors.items()}, {
+        tensors = {name: tensor for each in made.values() for name, tensor in each.tensors.items()}
+        facts = {
             "linears": [made[linear].facts for linear in wanted],
             "fallbacks": [{"name": linear.name, **note} for linear in wanted for note in made[linear].notes],
         }
+        return join(wanted, tensors, source), tally.added(facts)
 
     def restore(self, index: int, stored: Mapping[str, Tensor]) -> None:
         """Puts the weights that packed codes stand for into the loaded block."""

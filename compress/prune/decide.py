@@ -56,8 +56,6 @@ def plan_shrink(request: ShrinkRequest) -> ShrinkPlan:
         raise UsageError("structured pruning needs calibration text", "give a --dataset")
     with opened(request) as (checkpoint, subject):
         found, config = subject.layout, checkpoint.config
-        if cut.experts is not None:
-            raise UnsupportedError(f"architecture {found.architecture} has no experts to remove", "leave out --experts")
         plan = ShrinkPlan(
             **vars(subject),
             request=request,

@@ -138,6 +138,11 @@ def plan_masks(request: MaskRequest) -> MaskPlan:
         sparsity = {linear: 0.0 if linear in ignored else request.sparsity for linear in found.linears}
         schemes = {linear: None if linear in ignored else request.then for linear in found.linears}
         _refuse_odd_patterns(request, sparsity)
+        if request.allocation == MEASURED and found.experts:
+            raise UsageError(
+                f"--allocation measured cuts all inputs of a block in turn, and {found.architecture} has experts",
+                "use --allocation uniform",
+            )
         copies = _COPIES_THEN if request.then else _COPIES[request.method]
         followed = _PARTS * len(found.blocks) * max(SAMPLE, subject.seqlen) if request.allocation == MEASURED else 0
         work = Work(*copies, followed=followed)

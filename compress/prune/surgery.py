@@ -154,7 +154,7 @@ class ShrinkPlan(Plan):
             return None
         linears = tuple(self._linear(linear) for linear in self.layout.linears if linear.block in self.blocks)
         blocks = tuple(tuple(self.specs_of(index)) for index in self.blocks)
-        return replace(self.layout, blocks=blocks, linears=linears), new_config(self)
+        return replace(self.layout, blocks=blocks, linears=linears, gates=()), new_config(self)
 
     @property
     def changes(self) -> bool:
@@ -201,6 +201,16 @@ class ShrinkPlan(Plan):
 
     def _linear(self, linear: Linear) -> Linear:
         """A linear that remains, as it is in the output."""
+        if linear.expert is not None:  # its block stays or goes as it is
+            mixture, fused = linear.expert.mixture, linear.expert.fused
+            expert = replace(
+                linear.expert,
+                mixture=self.renamed(mixture, linear.block),
+                fused=fused and self.renamed(fused, linear.block),
+            )
+            place = self.place_of(linear.block)
+            assert place is not None
+            return replace(linear, name=self.renamed(linear.name, linear.block), block=place, expert=expert)
         shape = self.shape(linear.weight)
         rows, columns = shape[::-1] if linear.transposed else shape
         name = self.renamed(linear.weight, linear.block).removesuffix(".weight")

@@ -19,6 +19,7 @@ def sections(report: Section) -> Sequence[list[str]]:
         common.gates(report["gates"]),
         common.concerns(report),
         _blocks(report["blocks"]),
+        made.experts(report.get("experts")),
         made.kept_dense(report["kept_dense"]) if "mask" in report else [],
         made.texts(report),
         common.cost(report["cost"]),
@@ -63,6 +64,9 @@ def _structure(report: Section) -> tuple[str, Sequence[Sequence[str]], list[str]
             show.percent(flops["kept"] / flops["dense"]) if flops["dense"] else "",
         ),
     ]
+    if "experts" in structure:
+        experts = structure["experts"]
+        rows.append(("experts of every mixture", str(experts["dense"]), str(experts["kept"]), ""))
     healing = structure["healing"]
     about: list[str] = []
     if healing["needed"]:

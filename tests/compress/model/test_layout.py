@@ -148,7 +148,7 @@ def test_configs_that_are_refused(config: dict[str, Any], said: str, tmp_path: P
         ),
         (
             {**blocks(0, 1), "model.layers.1.mlp.experts.up": (4, 64, 32)},
-            "mlp.experts.up [4, 64, 32] is part of a mixture",
+            "mlp.experts.up [4, 64, 32] is part of a mixture of experts, and config.json has none",
         ),
         (
             {**blocks(0, 1), "model.layers.1.conv.weight": (64, 1, 4)},

@@ -28,6 +28,11 @@ class Watcher:
         ahead = f", about {show.duration(left)} left" if self._output.live and left >= 1 else ""
         self._show(f"{self._phase}: block {index + 1} of {total}{figures}{ahead}")
 
+    def step(self, done: int, total: int, left: float, facts: Mapping[str, float]) -> None:
+        figures = "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in facts.items())
+        ahead = f", about {show.duration(left)} left" if done < total else ""
+        self._show(f"{self._phase}: step {done} of {total}{figures}{ahead}")
+
     def warn(self, message: str) -> None:
         self._output.warn(message)
 

@@ -13,6 +13,9 @@ class Progress(Protocol):
     def block(self, index: int, total: int, facts: Mapping[str, float]) -> None:
         """Decoder block `index` (from 0) of `total` is finished; facts are figures by name, such as seconds."""
 
+    def step(self, done: int, total: int, left: float, facts: Mapping[str, float]) -> None:
+        """`done` steps of `total` of a training are finished, the rest takes about `left` seconds; facts as for a block."""
+
     def warn(self, message: str) -> None:
         """Something the user should know although the run goes on."""
 
@@ -27,6 +30,9 @@ class Silent:
         pass
 
     def block(self, index: int, total: int, facts: Mapping[str, float]) -> None:
+        pass
+
+    def step(self, done: int, total: int, left: float, facts: Mapping[str, float]) -> None:
         pass
 
     def warn(self, message: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1024  # tokens whose logits exist at a time: enough for full speed of the head's product
-_ELEMENTS = 2**22  # logits that a divergence looks at together: what it needs besides them stays this small
+_ELEMENTS = 2**23  # logits that a divergence looks at together: what it needs besides them stays this small
 _LEAST = -1e4  # of a log-probability; its exp is 0 in every precision
 
 Divergence = Callable[[Tensor, Tensor, float], Tensor]

@@ -77,3 +77,11 @@ class Extension(Protocol):
     def finish(self, student: "PreTrainedModel") -> None:
         """Called once, after training: leaves a plain model, whose state dict is written."""
         ...
+
+
+class Rewrite(Protocol):
+    """Puts other text in the place of a batch's, such as what the student wrote itself."""
+
+    def __call__(self, batch: Batch, student: "PreTrainedModel", done: float) -> Batch:
+        """The batch to learn from: as many windows, on the same device. done: as in Outputs."""
+        ...

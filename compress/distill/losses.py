@@ -123,14 +123,10 @@ class _Chunked(torch.autograd.Function):
         into_hidden = torch.zeros_like(hidden)
         into_parameters = [torch.zeros_like(parameter) for parameter in parameters]
         for start in range(0, len(hidden), chunk):
-            piece = hidden[start : start + chunk].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
-                logits = head(piece)
-            value, slope = _slope(logits.detach(), loss_of_rows, start, wanted)
+            piece = hidden[start : start + chunk]
+            value, found = _one(piece, head, parameters, loss_of_rows, start, wanted)
             total += value
             if wanted:
-                with torch.autocast(hidden.device.type, enabled=False):
-                    found = torch.autograd.grad(logits, (piece, *parameters), slope)
                 into_hidden[start : start + chunk] = found[0]
                 for sum_, part in zip(into_parameters, found[1:], strict=True):
                     sum_ += part
@@ -143,6 +139,23 @@ class _Chunked(torch.autograd.Function):
         scaled = (each * grads[0].to(each.dtype) for each in (into_hidden, *into_parameters))
         first, *rest = scaled
         return first, None, None, None, *rest
+
+
+def _one(
+    hidden: Tensor, head: Head, parameters: tuple[Tensor, ...], loss_of_rows: LossOfRows, offset: int, wanted: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Sum of the losses of a chunk, and its gradients for the hidden states and the head's parameters, if wanted.
+
+    A function of its own, so that the logits are gone before there are others.
+    """
+    piece = hidden.detach().requires_grad_(wanted)
+    with torch.set_grad_enabled(wanted):
+        logits = head(piece)
+    value, slope = _slope(logits.detach(), loss_of_rows, offset, wanted)
+    if not wanted:
+        return value, ()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return value, torch.autograd.grad(logits, (piece, *parameters), slope)
 
 
 def _slope(logits: Tensor, loss_of_rows: LossOfRows, offset: int, wanted: bool) -> tuple[Tensor, Tensor | None]:

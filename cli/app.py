@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from llmpare.cli import flags, pruning, requests, settings
+from llmpare.cli import distilling, flags, pruning, requests, settings
 from llmpare.cli.output import Output
 from llmpare.cli.progress import Watcher
 from llmpare.cli.settings import Settings
@@ -193,6 +193,77 @@ def prune(
     finally:
         watcher.done()
     _show_report(output, request.out, report)
+
+
+@app.command()
+def distill(
+    ctx: typer.Context,
+    teacher: flags.Teacher = None,
+    student: flags.Student = None,
+    out: flags.Out = None,
+    student_ffn: flags.StudentFfn = None,
+    student_heads: flags.StudentHeads = None,
+    student_hidden: flags.StudentHidden = None,
+    student_layers: flags.StudentLayers = None,
+    student_config: flags.StudentConfig = None,
+    dataset: flags.TrainingText = None,
+    tokens: flags.Tokens = None,
+    seqlen: flags.Seqlen = None,
+    batch_tokens: flags.BatchTokens = None,
+    lr: flags.Lr = None,
+    warmup: flags.Warmup = None,
+    loss: flags.Loss = None,
+    beta: flags.Beta = None,
+    temperature: flags.Temperature = None,
+    text_share: flags.TextShare = None,
+    hidden_loss: flags.HiddenLoss = None,
+    hidden_weight: flags.HiddenWeight = None,
+    lora_rank: flags.LoraRank = None,
+    gradient_checkpointing: flags.GradientCheckpointing = None,
+    teacher_dtype: flags.TeacherDtype = None,
+    save_steps: flags.SaveSteps = None,
+    chat_template: flags.ChatTemplate = None,
+    eval_dataset: flags.EvalDataset = None,
+    eval_nsamples: flags.EvalNsamples = None,
+    max_kl: flags.MaxKl = None,
+    max_perplexity_increase: flags.MaxPerplexityIncrease = None,
+    min_agreement: flags.MinAgreement = None,
+    max_size: flags.MaxSize = None,
+    device: flags.Device = None,
+    dtype: flags.Dtype = None,
+    seed: flags.Seed = None,
+    max_memory: flags.MaxMemory = None,
+    revision: flags.Revision = None,
+    trust_remote_code: flags.TrustRemoteCode = None,
+    allow_nonfinite: flags.AllowNonfinite = None,
+    config: flags.Config = None,
+    dry_run: flags.DryRun = None,
+    force: flags.Force = None,
+    restart: flags.Restart = None,
+    strict: flags.Strict = None,
+    json: flags.Json = None,
+    quiet: flags.Quiet = None,
+    no_color: flags.NoColor = None,
+) -> None:
+    """Train a small model on what a large one predicts: heal a pruned one, or make one anew."""
+    output, chosen = _begin(ctx, settings.DISTILL)
+    request = distilling.distill_request(chosen)
+    if chosen.get("dry-run"):
+        from llmpare.compress.distill.plan import plan_distill
+
+        planned = plan_distill(request)
+        output.lines(planned.lines(), planned.to_json())
+        return
+    watcher = Watcher(output)
+    watcher.phase("starting")  # importing the engine imports torch, which takes seconds
+    try:
+        from llmpare.compress.distill.run import run_distill
+
+        report = run_distill(request, watcher)
+    finally:
+        watcher.done()
+    if report is not None:  # of several processes the first alone has one
+        _show_report(output, request.out, report)
 
 
 @app.command()

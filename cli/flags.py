@@ -88,6 +88,46 @@ TargetParams = Annotated[
 ]
 TargetSize = Annotated[Text, value("--target-size", metavar="SIZE", help="The same for the size of the weights.")]
 
+Teacher = Annotated[Text, value("--teacher", metavar="MODEL", help="The model to learn from: a folder, or a hub name.")]
+Student = Annotated[Text, value("--student", metavar="MODEL", help="The model to train, such as the output of prune.")]
+StudentFfn = Annotated[Text, value("--student-ffn", metavar="X", help="Carve it: this share of the FFN channels.")]
+StudentHeads = Annotated[Text, value("--student-heads", metavar="X", help="Carve it: this share of the heads.")]
+StudentHidden = Annotated[
+    Text, value("--student-hidden", metavar="X", help="Carve it: this share of the residual channels.")
+]
+StudentLayers = Annotated[Text, value("--student-layers", metavar="N", help="Carve it: N blocks of the teacher.")]
+StudentConfig = Annotated[
+    Text, value("--student-config", metavar="FILE", help="Train a new model with this config.json.")
+]
+Tokens = Annotated[Text, value("--tokens", metavar="N", help="To learn from, as 100M (1M); text repeats if shorter.")]
+BatchTokens = Annotated[
+    Text, value("--batch-tokens", metavar="N", help="Of a step, on all devices; default by --tokens.")
+]
+Lr = Annotated[Text, value("--lr", metavar="X", help="Highest learning rate; default by size.")]
+Warmup = Annotated[Text, value("--warmup", metavar="N", help="Steps in which it rises; default 5 % of all.")]
+Loss = Annotated[
+    Text,
+    value("--loss", metavar="NAME", help="forward-kl (default), reverse-kl, jsd, total-variation, cross-entropy."),
+]
+Beta = Annotated[Text, value("--beta", metavar="X", help="jsd: weight of the teacher in the mean (0.5).")]
+Temperature = Annotated[Text, value("--temperature", metavar="X", help="Of both models in the loss (1).")]
+TextShare = Annotated[Text, value("--text-share", metavar="X", help="Of cross-entropy with the text in the loss (0).")]
+HiddenLoss = Annotated[Text, value("--hidden-loss", metavar="NAME", help="Also compare blocks' states: mse, cosine.")]
+HiddenWeight = Annotated[Text, value("--hidden-weight", metavar="X", help="Of that loss (1).")]
+LoraRank = Annotated[Text, value("--lora-rank", metavar="N", help="Train only adapters of this rank; needs peft.")]
+GradientCheckpointing = Annotated[
+    Switch, switch("--gradient-checkpointing", help="Less memory for activations, a third more time.")
+]
+TeacherDtype = Annotated[
+    Text, value("--teacher-dtype", metavar="NAME", help="Precision of the teacher; default as --dtype.")
+]
+SaveSteps = Annotated[
+    Text, value("--save-steps", metavar="N", help="Steps between checkpoints; default: every ten minutes.")
+]
+TrainingText = Annotated[
+    Text, value("--dataset", metavar="NAME|PATH", help="To learn from: bundled (default), preset, hub name, or file.")
+]
+
 Models = Annotated[
     list[str] | None,
     typer.Argument(metavar="MODEL...", help="Folders with config.json, or hub names.", show_default=False),

@@ -23,9 +23,9 @@ def prune_request(settings: Settings) -> PruneRequest:
         raise UsageError(
             f"--{masks[0]} sets weights to zero, --{shapes[0]} removes them from the shapes", "do one after the other"
         )
-    common = _common(settings)
+    shared = common(settings)
     if "sparsity" in settings or "pattern" in settings:
-        return _mask(settings, common)
+        return _mask(settings, shared)
     if masks:
         raise UsageError(f"--{masks[0]} says nothing of how much to prune", "add --sparsity 0.5 or --pattern 2:4")
     target = (
@@ -37,16 +37,16 @@ def prune_request(settings: Settings) -> PruneRequest:
             "nothing says what to prune",
             "for a smaller and faster model give --ffn 0.75 or --target-params 6B; for a mask, --sparsity 0.5",
         )
-    return ShrinkRequest(**common, cut=cut)
+    return ShrinkRequest(**shared, cut=cut)
 
 
-def _mask(settings: Settings, common: dict[str, Any]) -> MaskRequest:
+def _mask(settings: Settings, shared: dict[str, Any]) -> MaskRequest:
     if "sparsity" in settings and "pattern" in settings:
         raise UsageError("--sparsity and --pattern both say how much to prune", "give one of the two")
     method = settings.get("method", prune.DEFAULT)
     options = {name: float(settings[name]) for name in OPTIONS if name in settings}
     return MaskRequest(
-        **common,
+        **shared,
         method=method,
         options=prune.resolve(method, options),
         ignore=tuple(regex(text, "--ignore") for text in settings.get("ignore", ())),
@@ -65,7 +65,7 @@ def _then(settings: Settings) -> Scheme | None:
     return None
 
 
-def _common(settings: Settings) -> dict[str, Any]:
+def common(settings: Settings) -> dict[str, Any]:
     """The fields of every request that makes a checkpoint."""
     seqlen = settings.get("seqlen")
     same = ("device", "dtype", "seed", "max-memory", "revision", "trust-remote-code", "allow-nonfinite", "strict",

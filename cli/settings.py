@@ -17,6 +17,7 @@ Settings = Mapping[str, Any]
 
 ALIASES = {
     "groupsize": "group-size",
+    "learning-rate": "lr",
     "max-seq-length": "seqlen",
     "num-calibration-samples": "nsamples",
     "output": "out",
@@ -100,6 +101,31 @@ PRUNE: Parsers = {
     "round-to": values.positive,
     "target-params": values.count,
     "target-size": values.size,
+}
+
+DISTILL: Parsers = {
+    **{name: parse for name, parse in _COMPRESS.items() if name not in ("model", "nsamples", "format", "ignore")},
+    "teacher": values.path,
+    "student": values.path,
+    "student-ffn": values.share,
+    "student-heads": values.share,
+    "student-hidden": values.share,
+    "student-layers": values.positive,
+    "student-config": values.path,
+    "tokens": values.count,
+    "batch-tokens": values.count,
+    "lr": values.limit,
+    "warmup": values.whole,
+    "loss": values.text,
+    "beta": values.share,
+    "temperature": values.limit,
+    "text-share": values.share,
+    "hidden-loss": values.text,
+    "hidden-weight": values.limit,
+    "lora-rank": values.positive,
+    "gradient-checkpointing": values.flag,
+    "teacher-dtype": values.dtype,
+    "save-steps": values.positive,
 }
 
 EVALUATE: Parsers = {

@@ -45,13 +45,15 @@ class Windows:
     source: dict[str, Any]
 
 
-def load(spec: TextSpec, tokenizer: Any, *, vocab_size: int, part: str, max_length: int) -> Windows:
+def load(
+    spec: TextSpec, tokenizer: Any, *, vocab_size: int, part: str, max_length: int, most: int | None = None
+) -> Windows:
     """The windows that `spec` asks for.
 
     tokenizer: as from tokenizer.load_tokenizer. vocab_size: rows of the model's embedding; every id is below it. part:
     'calibration' or 'evaluation', which of a data set's two halves. max_length: tokens the model allows at
-    most. Raises UsageError for a data set or a length there cannot be, InputError for text that is unusable
-    or too short.
+    most. most: windows to take if spec does not say; None: the part's default. Raises UsageError for a data set or a
+    length there cannot be, InputError for text that is unusable or too short.
     """
     if spec.nsamples is not None and spec.nsamples < 1:
         raise UsageError(f"--nsamples {spec.nsamples}: at least one window is needed")
@@ -64,9 +66,9 @@ def load(spec: TextSpec, tokenizer: Any, *, vocab_size: int, part: str, max_leng
         raise InputError(f"{spec.dataset}: no text, 0 tokens, and {wanted} are needed", "give it some text")
     rows = chain([first], rows)
     if first.input_ids is not None:
-        ids, source = given_windows(rows, spec, DEFAULT_WINDOWS[part], vocab_size, max_length)
+        ids, source = given_windows(rows, spec, most or DEFAULT_WINDOWS[part], vocab_size, max_length)
     else:
-        ids, source = _text_windows(rows, spec, DEFAULT_WINDOWS[part], tokenizer, vocab_size, max_length)
+        ids, source = _text_windows(rows, spec, most or DEFAULT_WINDOWS[part], tokenizer, vocab_size, max_length)
     text = tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)
     first_line = next((line for line in text.splitlines() if line.strip()), "")[:FIRST_LINE]
     shape = {"windows": ids.shape[0], "seqlen": ids.shape[1]}

@@ -11,6 +11,7 @@ WEIGHT_DECAY = 0.0  # the student begins with weights that are worth something
 CLIP = 1.0  # norm of the gradient: what a single odd window can do
 SAVE_SECONDS = 600.0  # between checkpoints: at most so much work is lost
 LOGGED = 100  # points of the curve
+HEALING = 0.3  # of the learning rate of a new model, for one that has been trained
 LORA_RANK = 16  # of the adapters, when only they are trained
 _SMALLEST_RATE, _LARGEST_RATE = 2e-5, 1e-3
 _MICRO_TOKENS = {"cpu": 4096, "cuda": 16384}  # that pass through the student at once, if there are so many in a step
@@ -25,9 +26,11 @@ class Pace:
     micro: int
 
 
-def rate(parameters: int) -> float:
-    """The highest learning rate: larger models want smaller ones. Kaplan et al. 2020, equation D.1, within bounds."""
-    return min(_LARGEST_RATE, max(_SMALLEST_RATE, 0.003239 - 0.0001395 * math.log(max(parameters, 2))))
+def rate(parameters: int, *, healing: bool) -> float:
+    """The highest learning rate: larger models want smaller ones (Kaplan et al. 2020, equation D.1, within bounds), and
+    a student that knows something already a fraction of what a new one wants, or it forgets first."""
+    fresh = min(_LARGEST_RATE, max(_SMALLEST_RATE, 0.003239 - 0.0001395 * math.log(max(parameters, 2))))
+    return fresh * HEALING if healing else fresh
 
 
 def batch_tokens(tokens: int) -> int:

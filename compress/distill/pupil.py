@@ -43,8 +43,9 @@ class Pupil(nn.Module):
         self.student = student
         self.done = 0.0
         self._no_split_modules = student._no_split_modules  # what sharding wraps: the blocks
-        self._lesson = teacher, objective, tuple(extensions), rewrite  # a tuple: the teacher is no part of the module
+        self._lesson = teacher, objective, rewrite  # a tuple: the teacher is no part of the module
         self._forward = Forward(student)
+        self.extensions = tuple(extensions)
         self.partial = bool(extensions)  # whether some steps may leave parameters without a gradient
         self._layers = any(extension.wants_layers for extension in extensions)
         self.register_state_dict_post_hook(_only_what_is_trained)
@@ -57,7 +58,7 @@ class Pupil(nn.Module):
 
         Raises Diverged when the loss is not finite.
         """
-        teacher, objective, extensions, rewrite = self._lesson
+        teacher, objective, rewrite = self._lesson
         batch = Batch(ids, labels != IGNORED, indices)
         scale = 1.0 / (batch.mask.sum() if num_items_in_batch is None else num_items_in_batch)
         if rewrite is not None:
@@ -67,7 +68,7 @@ class Pupil(nn.Module):
         hidden, layers = self._forward.hidden(batch.ids, layers=self._layers)
         kept = batch.counting(hidden)
         loss = teacher.loss(batch, kept, self._forward, objective)
-        for extension in extensions:
+        for extension in self.extensions:
             extra = extension.extra_loss(Outputs(kept, layers, self._forward, self.done), batch)
             if extra is not None:
                 loss = loss + extra

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llmpare.compress.report import gates, show
+from llmpare.compress.report import distilled, gates, show
 
 Section = Mapping[str, Any]
 
@@ -21,6 +21,8 @@ def lines(report: Section) -> list[str]:
             *_removed(report),
             *_fidelity(report["fidelity"]),
         ]
+        if report["command"] == "distill":
+            result.append(f"training    {distilled.summary(report['distillation'])}")
     result.append(
         f"cost        {show.duration(report['cost']['total_seconds'])},"
         f" {show.size(report['cost']['peak_rss_bytes'])} of memory"

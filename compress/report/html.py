@@ -14,7 +14,7 @@ def render(report: Mapping[str, Any]) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    from llmpare.compress.report.page import about, accuracy, blocks, pruning, speed, summary, words
+    from llmpare.compress.report.page import about, accuracy, blocks, distillation, pruning, speed, summary, words
 
     files = resources.files("llmpare.compress.report.page")
     environment = Environment(
@@ -27,7 +27,7 @@ def render(report: Mapping[str, Any]) -> str:
     )
     environment.filters["tied"] = words.tied
     template = environment.from_string(files.joinpath("page.html").read_text(encoding="utf-8"))
-    chapters = (summary, pruning, accuracy, speed, blocks, about)
+    chapters = (summary, pruning, distillation, accuracy, speed, blocks, about)
     sections = [section for chapter in chapters for section in chapter.sections(report)]
     return template.render(
         style=Markup(files.joinpath("page.css").read_text(encoding="utf-8")),

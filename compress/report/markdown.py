@@ -6,7 +6,7 @@ Names, paths and text from models and data sets are shown as code or escaped; th
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmpare.compress.report import common, evaluated, made, pruned, show
+from llmpare.compress.report import common, distilled, evaluated, made, pruned, show
 from llmpare.compress.report.marks import code
 
 Section = Mapping[str, Any]
@@ -92,5 +92,6 @@ def _loading(request: Section) -> list[str]:
 _COMMANDS: Mapping[str, Callable[[Section], Sequence[list[str]]]] = {
     "quantize": _quantized,
     "prune": pruned.sections,
+    "distill": distilled.sections,
     "evaluate": evaluated.sections,
 }

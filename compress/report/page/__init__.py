@@ -7,6 +7,7 @@ summary    the verdict and the headline figures
 accuracy   fidelity, domains, tasks, the worst contexts
 speed      latency and throughput
 pruning    what was removed and what that saves
+distillation  how a student learned
 blocks     errors, bits and sparsity inside the model
 about      texts, cost, environment, how to load the result
 plots      drawings of plain numbers

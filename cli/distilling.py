@@ -1,0 +1,36 @@
+"""Settings of `llmpare distill` → the frozen request that the library works on."""
+
+from pathlib import Path
+
+from llmpare.cli.pruning import common
+from llmpare.cli.requests import given
+from llmpare.cli.settings import Settings, required
+from llmpare.compress.distill.request import DistillRequest
+from llmpare.compress.errors import UsageError
+from llmpare.compress.prune.cut import Cut
+
+CUT = {"student-ffn": "ffn", "student-heads": "heads", "student-hidden": "hidden", "student-layers": "layers"}
+SAME = ("student", "tokens", "batch-tokens", "warmup", "loss", "beta", "temperature", "text-share", "hidden-loss",
+        "hidden-weight", "lora-rank", "teacher-dtype", "save-steps")  # fmt: skip
+ONLY_WITH = (("beta", "loss", "jsd"), ("hidden-weight", "hidden-loss", "mse"))
+
+
+def distill_request(settings: Settings) -> DistillRequest:
+    """What to do. Raises UsageError for missing and contradicting settings."""
+    required(settings, "teacher", "--teacher")
+    for name, owner, example in ONLY_WITH:
+        if name in settings and (owner not in settings or (name == "beta" and settings["loss"] != example)):
+            raise UsageError(f"--{name} belongs to --{owner} {example}", f"add --{owner} {example}, or leave it out")
+    cut = given(settings, CUT)
+    options = given(settings, {name: name.replace("-", "_") for name in SAME})
+    if "student-config" in settings:
+        options["student_config"] = Path(settings["student-config"])
+    if "lr" in settings:
+        options["rate"] = settings["lr"]
+    if cut:
+        options["cut"] = Cut(**cut)
+    return DistillRequest(
+        **common({**settings, "model": settings["teacher"]}),
+        **options,
+        recompute=settings.get("gradient-checkpointing", False),
+    )

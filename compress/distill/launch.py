@@ -1,0 +1,37 @@
+"""The processes of a run: one, or as many as torchrun or accelerate has started."""
+
+from typing import Any
+
+import torch
+
+from llmpare.compress import devices
+from llmpare.compress.errors import UsageError
+
+
+class Processes:
+    """This process among the others. device: its own. first: whether it is the one that writes and reports."""
+
+    def __init__(self, device: str) -> None:
+        """Joins the others, if there are any. Raises UsageError for a device that cannot be had."""
+        from accelerate import PartialState
+
+        wanted = devices.find(device)
+        if wanted.index:
+            raise UsageError(
+                f"--device {device}: training takes the devices it is given",
+                f"--device cuda, in an environment with CUDA_VISIBLE_DEVICES={wanted.index}",
+            )
+        state = PartialState(cpu=wanted.type == "cpu")
+        self.device: torch.device = torch.device(state.device)
+        self.count: int = state.num_processes
+        self.first: bool = state.is_main_process
+
+    def told(self, value: Any) -> Any:
+        """What the first process has here, in all of them; waits until it comes."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        held = [value]
+        broadcast_object_list(held)
+        return held[0]

@@ -1,0 +1,81 @@
+"""What `llmpare distill` is asked to do, as plain numbers and names: no torch."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmpare.compress.distill import defaults
+from llmpare.compress.errors import UsageError
+from llmpare.compress.prune.cut import Cut
+from llmpare.compress.request import RunRequest
+
+LOSSES = ("forward-kl", "reverse-kl", "jsd", "total-variation", "cross-entropy")
+HIDDEN_LOSSES = ("mse", "cosine")
+TEXT_ALONE = "cross-entropy"
+
+
+@dataclass(frozen=True)
+class DistillRequest(RunRequest):
+    """Everything `llmpare distill` needs to know. model: the teacher. calibration: the text to learn from.
+
+    student, cut, student_config: one of the three: a checkpoint, what remains of the teacher, or the config.json of a
+    new model. tokens: to learn from, repeating the text if it has fewer. batch_tokens, rate, warmup: of a step, the
+    highest learning rate, steps in which it rises; None: see defaults. loss: one of LOSSES, with beta for jsd and a
+    temperature. text_share: of the cross-entropy with the text, 0…1. hidden_loss: also compare the states between
+    blocks, with this weight. lora_rank: train adapters of this rank and nothing else. recompute: less memory for
+    more time. teacher_dtype: precision of the teacher. save_steps: between checkpoints; None: by the clock.
+    """
+
+    student: str | None = None
+    cut: Cut | None = None
+    student_config: Path | None = None
+    tokens: int = defaults.TOKENS
+    batch_tokens: int | None = None
+    rate: float | None = None
+    warmup: int | None = None
+    loss: str = LOSSES[0]
+    beta: float = 0.5
+    temperature: float = 1.0
+    text_share: float = 0.0
+    hidden_loss: str | None = None
+    hidden_weight: float = 1.0
+    lora_rank: int | None = None
+    recompute: bool = False
+    teacher_dtype: str = "auto"
+    save_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [self.student, self.cut, self.student_config]
+        if sum(each is not None for each in given) != 1:
+            several = "several say" if any(each is not None for each in given) else "nothing says"
+            raise UsageError(
+                f"{several} what the student is",
+                "give a checkpoint with --student, or --student-layers, --student-ffn, … to carve one from the "
+                "teacher, or --student-config for a new one",
+            )
+        if self.loss not in LOSSES:
+            raise UsageError(f"unknown loss {self.loss!r}", f"--loss takes {', '.join(LOSSES)}")
+        if self.hidden_loss not in (None, *HIDDEN_LOSSES):
+            raise UsageError(f"unknown loss {self.hidden_loss!r}", f"--hidden-loss takes {', '.join(HIDDEN_LOSSES)}")
+        if self.hidden_loss is not None and self.loss == TEXT_ALONE:
+            raise UsageError("--hidden-loss compares with a teacher, --loss cross-entropy does without", "drop one")
+        if not 0 < self.beta < 1:
+            raise UsageError(f"--beta {self.beta:g} is not between 0 and 1", "0.5 treats both models alike")
+        if not 0 <= self.text_share <= 1:
+            raise UsageError(f"--text-share {self.text_share:g} is not between 0 and 1", "0 learns from the teacher")
+        for flag, value in (("--lr", self.rate), ("--temperature", self.temperature)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(f"{flag} must be more than 0, not {value:g}")
+
+    @property
+    def healing(self) -> bool:
+        """Whether the student begins with weights that are worth something."""
+        return self.student_config is None
+
+    def spec(self) -> dict[str, Any]:
+        """See RunRequest. When checkpoints are written decides nothing; files are known by their digests."""
+        fields = super().spec()
+        for name in ("student", "student_config", "save_steps"):
+            del fields[name]
+        return fields

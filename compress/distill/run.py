@@ -1,0 +1,225 @@
+"""One distillation, from a request to a published output.
+
+Whatever can be refused is refused before the first step: models, tokenizers, texts, memory. With several processes,
+the first alone writes; the others train along and return nothing.
+"""
+
+import json
+import os
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from llmpare.compress import devices
+from llmpare.compress.checkpoint import publish
+from llmpare.compress.checkpoint.journal import Journal
+from llmpare.compress.clock import Clock
+from llmpare.compress.distill import inputs, lora, measure, output, scratch, setup
+from llmpare.compress.distill import report as reporting
+from llmpare.compress.distill.launch import Processes
+from llmpare.compress.distill.lessons import Lessons
+from llmpare.compress.distill.plan import DistillPlan, carve_request, carved_folder, check_room, plan_distill
+from llmpare.compress.distill.request import DistillRequest
+from llmpare.compress.distill.train import train
+from llmpare.compress.errors import InputError
+from llmpare.compress.evaluate.models import digest
+from llmpare.compress.formats.decoded import DenseSource, open_dense
+from llmpare.compress.progress import Progress, Silent
+from llmpare.compress.report import build, gates, html, markdown
+from llmpare.compress.run import REPORTS, run_prune
+from llmpare.compress.texts import Texts
+from llmpare.compress.version import VERSION
+
+CHECKPOINTS = "training"  # the folder of Trainer's checkpoints in the unfinished output
+STUDENT, CHECKPOINT, TRAINED = "student", "checkpoint", "trained"  # units of the journal
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all steps of a run share. folder: where the output takes shape. progress: of the first process."""
+
+    plan: DistillPlan
+    teacher: DenseSource
+    texts: Texts
+    processes: Processes
+    folder: Path
+    clock: Clock
+    progress: Progress
+
+
+def run_distill(request: DistillRequest, progress: Progress) -> dict[str, Any] | None:
+    """Trains a student and returns the report that lies beside it; None in every process but the first.
+
+    A finished output of the same request is verified and its report returned. Raises LlmpareError, leaving either
+    nothing or an unfinished output that the same command takes up again.
+    """
+    transformers.logging.set_verbosity_error()
+    progress.phase("planning")
+    if request.lora_rank is not None:
+        lora.require()
+    processes = Processes(request.device)
+    if not processes.first:
+        progress = Silent()
+    device = processes.device
+    plan = plan_distill(request, device=device.type, processes=processes.count)
+    clock = Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None)
+    with ExitStack() as stack:
+        assert plan.teacher.folder is not None
+        teacher = stack.enter_context(open_dense(plan.teacher.folder))
+        if plan.student.folder is not None:
+            folders = (plan.teacher.folder, plan.student.folder)
+            setup.same_tokens(request.model, plan.student.name, folders, request.trust_remote_code)
+        with clock.phase("text"):
+            texts = inputs.read_texts(plan)
+        for warning in inputs.warnings(plan, texts):
+            progress.warn(warning)
+        job = Job(plan, teacher, texts, processes, _partial(request.out), clock, progress)
+        spec = inputs.spec(plan, teacher, texts)
+        if not processes.first:
+            _learn(job, None, **processes.told(None))
+            return None
+        if publish.finished(request.out, spec):
+            processes.told({"folder": None, "resume": None})
+            progress.phase("verifying")
+            return _existing(job)
+        check_room(plan, devices.room(device))
+        with publish.Workspace(request.out, force=request.force, restart=request.restart) as workspace:
+            for message in workspace.messages:
+                progress.warn(message)
+            manifest = workspace.pending(spec)
+            if manifest is None:
+                manifest = _produce(job, spec, workspace)
+            else:
+                processes.told({"folder": None, "resume": None})
+            workspace.publish(manifest)
+    report: dict[str, Any] = json.loads((request.out / REPORTS[0]).read_bytes())
+    return report
+
+
+def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> dict[str, Any]:
+    """Fills the workspace and returns its manifest."""
+    versions = {"llmpare": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
+    with Journal(workspace.journal, {**spec, "versions": versions, "device": job.processes.device.type}) as journal:
+        place = _student(job, journal)
+        if TRAINED in journal.done:
+            job.processes.told({"folder": None, "resume": None})
+        else:
+            last = journal.done.get(CHECKPOINT)
+            order = {"folder": str(place), "resume": last["name"] if last else None}
+            _learn(job, journal, **job.processes.told(order))
+        trained = journal.done[TRAINED]
+        shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
+        with open_dense(place) as student:
+            request, processes = job.plan.request, job.processes
+            found = measure.measure(
+                job.teacher, student, job.folder, job.texts, request.dtype, processes.device,
+                request.trust_remote_code, job.clock, job.progress,
+            )  # fmt: skip
+            report = reporting.describe(job.plan, job.teacher, student, job.texts, trained, found, processes, job.clock)
+        publish.write_file(job.folder / REPORTS[0], build.encode(report))
+        publish.write_file(job.folder / REPORTS[1], markdown.render(report).encode())
+        publish.write_file(job.folder / REPORTS[2], html.render(report).encode())
+        if place.is_relative_to(job.folder):
+            shutil.rmtree(place)
+    return publish.build_manifest(
+        job.folder,
+        spec=spec,
+        source={"weights_sha256": report["source"]["weights_sha256"]},
+        versions=versions,
+        tensors=trained["digests"],
+        unhashed=REPORTS,
+    )
+
+
+def _student(job: Job, journal: Journal) -> Path:
+    """The folder of the student as it is before the training; made first, if it has to be."""
+    plan, request = job.plan, job.plan.request
+    if plan.student.folder is not None:
+        return plan.student.folder
+    place = carved_folder(request.out)
+    if STUDENT not in journal.done:
+        if plan.carve is not None:
+            job.progress.phase("carving the student")
+            with job.clock.phase("carve"):
+                run_prune(carve_request(request), job.progress)
+        else:
+            assert request.student_config is not None
+            shutil.rmtree(place, ignore_errors=True)
+            scratch.create(request.student_config, place, job.teacher, request.seed, request.trust_remote_code)
+        journal.append(STUDENT, {"folder": place.name})
+    return place
+
+
+def _learn(job: Job, journal: Journal | None, folder: str | None, resume: str | None) -> None:
+    """The training, in this process; the first, which has the journal, writes the student when it is done.
+
+    folder: of the student; None if there is nothing to be trained any more. resume: the checkpoint to go on from.
+    """
+    if folder is None:
+        return
+    plan, progress, clock = job.plan, job.progress, job.clock
+    place = job.folder / CHECKPOINTS
+    if journal is not None:
+        _keep_only(place, resume)
+    begun, before = time.monotonic(), 0.0
+
+    def spent() -> float:
+        return before + time.monotonic() - begun
+
+    def saved(name: str) -> None:
+        if journal is not None:
+            journal.append(CHECKPOINT, {"name": name, "seconds": spent()})
+
+    with open_dense(Path(folder)) as source:
+        progress.phase("loading")
+        with clock.phase("load"):
+            pupil = setup.pupil(plan, job.teacher, source, job.processes.device)
+        count = plan.pace.steps * plan.pace.windows
+        assert job.texts.calibration is not None
+        lessons = Lessons(job.texts.calibration.ids, count, plan.request.seed)
+        progress.phase("distilling" if resume is None else f"distilling, from {resume}")
+        begun = time.monotonic()
+        if journal is not None and resume is not None:
+            before = journal.done[CHECKPOINT]["seconds"]
+        with clock.phase("train"):
+            curve = train(pupil, lessons, setup.training(plan, job.processes.device), place, progress, saved, resume)
+        student = setup.finish(pupil)
+        if journal is not None:
+            progress.phase("writing")
+            digests = output.write(job.folder, student, source)
+            journal.append(TRAINED, {"digests": digests, "curve": curve, "seconds": spent()})
+
+
+def _keep_only(place: Path, checkpoint: str | None) -> None:
+    """Removes checkpoints that a killed run did not finish, or has not come to remove."""
+    place.mkdir(exist_ok=True)
+    for name in os.listdir(place):
+        if name != checkpoint:
+            shutil.rmtree(place / name)
+
+
+def _partial(out: Path) -> Path:
+    return out.parent / f"{out.name}.partial"
+
+
+def _existing(job: Job) -> dict[str, Any]:
+    """The report of a finished output of the same request, judged by the gates of this request."""
+    request = job.plan.request
+    publish.settle(request.out)
+    manifest = publish.verify(request.out)
+    if manifest["source"]["weights_sha256"] != digest(job.teacher):
+        raise InputError(
+            f"{request.out} was made from other weights than {request.model} holds now", "--force makes it anew"
+        )
+    report: dict[str, Any] = json.loads((request.out / REPORTS[0]).read_bytes())
+    report["gates"] = gates.evaluate(request.gates, report["fidelity"], report["size"])
+    report["passed"] = gates.measurable(report["fidelity"]) and gates.verdict(
+        report["gates"], strict=request.strict, fallbacks=report["fallbacks"], warnings=report["warnings"]
+    )
+    return report

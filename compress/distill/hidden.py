@@ -45,15 +45,14 @@ class HiddenLoss:
 
     def prepare(self, student: "PreTrainedModel") -> None:
         """See targets.Extension. The maps begin as the identity on the channels that both have."""
-        own, other = (_width(model) for model in (student, self._teacher.forward.model))
-        if own == other:
+        (own, other) = (_embedding(model) for model in (student, self._teacher.forward.model))
+        if own.shape[1] == other.shape[1]:
             return
         depth = student.config.get_text_config().num_hidden_layers
-        weight = student.get_input_embeddings().weight
-        self._maps = nn.ModuleList(nn.Linear(own, other, bias=False) for _ in range(depth))
-        for each in self._maps:
+        maps = [nn.Linear(own.shape[1], other.shape[1], bias=False) for _ in range(depth)]
+        for each in maps:
             nn.init.eye_(each.weight)
-        self._maps.to(weight.device, weight.dtype)
+        self._maps = nn.ModuleList(maps).to(own.device, own.dtype)
         student.add_module(_NAME, self._maps)
 
     def extra_loss(self, outputs: Outputs, batch: Batch) -> Tensor | None:
@@ -79,5 +78,8 @@ class HiddenLoss:
 _NAME = "hidden_state_maps"
 
 
-def _width(model: "PreTrainedModel") -> int:
-    return int(model.get_input_embeddings().weight.shape[1])
+def _embedding(model: "PreTrainedModel") -> Tensor:
+    """[vocabulary, width]."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight

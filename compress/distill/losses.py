@@ -109,7 +109,7 @@ def chunked(hidden: Tensor, head: Head, loss_of_rows: LossOfRows, chunk: int = C
     gradient, exist for `chunk` tokens at a time: the gradient of a chunk is taken on the spot and passed through the
     head, so that the backward pass has only to scale what is there.
     """
-    total: Tensor = _Chunked.apply(hidden, head, loss_of_rows, chunk, *head.parameters)  # type: ignore[no-untyped-call]
+    total: Tensor = _Chunked.apply(hidden, head, loss_of_rows, chunk, *head.parameters)
     return total
 
 

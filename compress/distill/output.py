@@ -13,7 +13,7 @@ from llmpare.compress.checkpoint.tensors import DTYPES, to_bytes
 from llmpare.compress.checkpoint.write import CheckpointWriter, TensorSpec
 from llmpare.compress.errors import UnsupportedError
 from llmpare.compress.formats.decoded import DenseSource
-from llmpare.compress.model.skeleton import SUPPORTED
+from llmpare.compress.model.layout import SUPPORTED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -73,7 +73,7 @@ class Pupil(nn.Module):
             if extra is not None:
                 loss = loss + extra
         if not torch.isfinite(loss):
-            raise Diverged(f"the loss is {float(loss)}")
+            raise Diverged(f"the loss is {float(loss.detach())}")
         return {"loss": loss * scale}
 
 

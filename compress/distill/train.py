@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,9 @@ def _trainer(pupil: Pupil, lessons: Lessons, training: Training, folder: Path) -
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several devices take part when several processes are launched, not by threads
     if training.recompute:
-        pupil.student.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of a name that is the only one older releases have
+            pupil.student.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = Trainer(model=pupil, args=arguments, train_dataset=lessons)
     trainer.remove_callback(PrinterCallback)
     return trainer

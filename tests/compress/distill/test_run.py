@@ -1,0 +1,266 @@
+"""Distillation through the command line: files in, files out, whatever happens on the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from llmpare.cli.exits import main
+from llmpare.cli.progress import Watcher
+from llmpare.compress.report import schema
+
+
+class Place:
+    """A teacher, a student that was pruned to nothing in particular, and text."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.teacher = tiny.llama(folder / "teacher", tied=True)
+        self.student = tiny.llama(folder / "student", tied=True, inner=64)
+        self.text = tiny.texts(folder)
+
+    def command(self, out: Path, *more: str) -> list[str]:
+        """Six steps of four windows; what is in `more` wins."""
+        student = [] if any(word.startswith("--student") for word in more) else ["--student", str(self.student)]
+        return [
+            "distill", "--teacher", str(self.teacher), *student, "-o", str(out), "--dataset", str(self.text[0]),
+            "--eval-dataset", str(self.text[1]), "--eval-nsamples", "2", "--seqlen", "32", "--tokens", "768",
+            "--batch-tokens", "128", "--lr", "1e-3", "--device", "cpu", "--quiet", *more,
+        ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("distill"))
+
+
+@pytest.fixture(scope="module")
+def whole(place: Place) -> Path:
+    """A run that nothing happened to."""
+    out = place.folder / "whole"
+    assert main(place.command(out)) == 0
+    return out
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "report.json").read_bytes())
+    assert schema.validate(found) == []
+    return found
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
+
+
+def test_the_output_is_an_ordinary_checkpoint_nearer_to_the_teacher(place: Place, whole: Path) -> None:
+    report = report_of(whole)
+    found = report["distillation"]
+    assert report["fidelity"]["kl"]["mean"] < found["before"]["kl"]["mean"]
+    assert found["training"]["tokens"] == 768
+    assert [point["step"] for point in found["curve"]] == [1, 2, 3, 4, 5, 6]
+    assert found["curve"][-1]["loss"] < found["curve"][0]["loss"]
+    assert "Training" in (whole / "report.md").read_text(encoding="utf-8")
+    assert "Loss while training" in (whole / "report.html").read_text(encoding="utf-8")
+    before, after = load_file(place.student / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert [(n, t.shape, t.dtype) for n, t in before.items()] == [(n, t.shape, t.dtype) for n, t in after.items()]
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    assert model(torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()
+    assert not list(whole.glob("**/checkpoint-*"))
+    assert main(["verify", str(whole), "--quiet"]) == 0
+
+
+def test_the_same_command_again_verifies(place: Place, whole: Path) -> None:
+    before = tiny.contents(whole)
+    assert main([*place.command(whole), "--max-kl", "0"]) == 4
+    assert main(place.command(whole)) == 0
+    assert tiny.contents(whole) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    place: Place, whole: Path, signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3, lambda: signal.raise_signal(signum))
+        assert main(place.command(out)) == 128 + signum
+    assert "run the same command to resume" in capsys.readouterr().err
+    assert not out.exists()
+    assert os.listdir(tmp_path / "out.partial" / "training") == ["checkpoint-4"]  # the step that was going on
+    if signum == signal.SIGINT:  # what was saved is the same for both
+        assert main(place.command(out)) == 0
+        assert weights(out) == weights(whole)
+
+
+def stop_at(patched: pytest.MonkeyPatch, step: int, how: Any) -> None:
+    """Within the context, how() is called when that step is shown."""
+
+    def watched(self: Watcher, done: int, total: int, left: float, facts: Mapping[str, float]) -> None:
+        if done == step:
+            how()
+
+    patched.setattr(Watcher, "step", watched)
+
+
+KILLED = """
+import os, signal, sys
+from llmpare.cli.exits import main
+from llmpare.cli.progress import Watcher
+Watcher.step = lambda self, done, *rest: os.kill(os.getpid(), signal.SIGKILL) if done == 4 else None
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def test_a_killed_run_resumes_to_the_same_weights(place: Place, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = place.command(out, "--save-steps", "2")
+    done = subprocess.run([sys.executable, "-c", KILLED, *command], env=environment(), check=False)
+    assert done.returncode == -signal.SIGKILL
+    training = tmp_path / "out.partial" / "training"
+    (training / "checkpoint-3").mkdir()  # as if it had been killed while it wrote one
+    assert "checkpoint-2" in os.listdir(training)
+    assert main(command) == 0
+    assert weights(out) == weights(whole)
+
+
+def test_two_processes_do_what_one_does(place: Place, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llmpare.cli"]
+    done = subprocess.run(
+        [sys.executable, *launch, *place.command(out)],
+        env={**environment(), "OMP_NUM_THREADS": "1"}, capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(out)]
+    alone, together = load_file(whole / "model.safetensors"), load_file(out / "model.safetensors")
+    start = load_file(place.student / "model.safetensors")
+    for name, tensor in alone.items():
+        moved = (tensor - start[name]).norm()
+        assert (tensor - together[name]).norm() < 1e-3 * moved, name
+    assert report_of(out)["distillation"]["training"]["processes"] == 2
+
+
+def test_a_student_is_carved_or_made_anew(place: Place, tmp_path: Path, capsys: Any) -> None:
+    carved = tmp_path / "carved"
+    assert main(place.command(carved, "--student-ffn", "0.5")) == 0
+    assert load_file(carved / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].shape == (128, 64)
+    assert report_of(carved)["distillation"]["student"]["made"] == "carved from the teacher"
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(tiny.config(blocks=1, hidden=32, inner=48, tied=True)))
+    new = tmp_path / "new"
+    assert main(place.command(new, "--student-config", str(config), "--hidden-loss", "mse")) == 0
+    assert report_of(new)["distillation"]["student"]["made"] == "new"
+    assert set(load_file(new / "model.safetensors")) == set(AutoModelForCausalLM.from_pretrained(new).state_dict()) - {
+        "lm_head.weight"
+    }
+    assert tiny.names(new) == sorted([*tiny.names(carved)])
+
+
+def test_adapters_alone_are_trained_and_merged(place: Place, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    out = tmp_path / "out"
+    assert main(place.command(out, "--lora-rank", "4", "--loss", "jsd", "--gradient-checkpointing")) == 0
+    before, after = load_file(place.student / "model.safetensors"), load_file(out / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "proj" in name}
+    rank = torch.linalg.matrix_rank(
+        after["model.layers.0.mlp.up_proj.weight"] - before["model.layers.0.mlp.up_proj.weight"]
+    )
+    assert int(rank) <= 4
+
+
+def test_numbers_that_break_stop_the_run_and_leave_what_was_good(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from llmpare.compress.distill import losses
+
+    calls: Iterator[int] = iter(range(10**6))
+    real = losses.forward_kl
+
+    def breaks(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+        return real(student, teacher, temperature) * (float("nan") if next(calls) >= 4 else 1.0)
+
+    monkeypatch.setattr(losses, "forward_kl", breaks)
+    out = tmp_path / "out"
+    assert main(place.command(out, "--save-steps", "2")) == 3
+    said = capsys.readouterr().err
+    assert "the loss is nan at step 5 of 6" in said
+    assert "checkpoint-4' is the last good one" in said
+    assert os.listdir(tmp_path / "out.partial" / "training") == ["checkpoint-4"]
+    assert all(
+        t.isfinite().all() for t in load_file(tmp_path / "out.partial/training/checkpoint-4/model.safetensors").values()
+    )
+
+
+def test_a_padded_vocabulary_is_compared_where_both_have_it(place: Place, tmp_path: Path, capsys: Any) -> None:
+    student = tmp_path / "padded"
+    shutil.copytree(place.student, student)
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "vocab_size": tiny.VOCABULARY + 64}))
+    tensors = load_file(student / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    tensors[name] = torch.cat([tensors[name], torch.zeros(64, tiny.HIDDEN)])
+    from safetensors.torch import save_file
+
+    save_file(tensors, student / "model.safetensors", metadata={"format": "pt"})
+    assert main(place.command(tmp_path / "out", "--student", str(student))) == 0
+    assert "compared on those that both have" in capsys.readouterr().err
+    assert load_file(tmp_path / "out" / "model.safetensors")[name].shape == (tiny.VOCABULARY + 64, tiny.HIDDEN)
+
+
+REFUSED = {
+    "no such student": (["--student", "nowhere"], 2, "does not exist"),
+    "two students": (["--student", "x", "--student-ffn", "0.5"], 2, "several say what the student is"),
+    "unknown loss": (["--loss", "l2"], 2, "unknown loss 'l2'"),
+    "beta without jsd": (["--beta", "0.3"], 2, "--beta belongs to --loss jsd"),
+    "states without a teacher": (["--loss", "cross-entropy", "--hidden-loss", "mse"], 2, "does without"),
+    "too short": (["--seqlen", "128", "--eval-nsamples", "1000"], 3, "1000 windows of 128 need"),
+    "no room": (["--max-memory", "100MiB"], 6, "the training needs about"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_before_any_work(name: str, place: Place, tmp_path: Path, capsys: Any) -> None:
+    more, code, said = REFUSED[name]
+    assert main(place.command(tmp_path / "out", *more)) == code
+    assert said in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_tokenizer_is_refused_with_the_reason(place: Place, tmp_path: Path, capsys: Any) -> None:
+    student = tmp_path / "other"
+    shutil.copytree(place.student, student)
+    tokenizer = json.loads((student / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[500:502]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert main(place.command(tmp_path / "out", "--student", str(student))) == 3
+    said = capsys.readouterr().err
+    assert "different vocabularies" in said
+    assert "carve it from the teacher" in said
+
+
+def test_a_dry_run_says_what_it_would_take(place: Place, tmp_path: Path, capsys: Any) -> None:
+    assert main([*place.command(tmp_path / "out"), "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["steps"] == 6
+    assert planned["tokens"] == 768
+    assert planned["memory_bytes"] > planned["output_bytes"]
+    assert os.listdir(tmp_path) == []

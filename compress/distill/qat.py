@@ -44,7 +44,8 @@ def latent(weight: Tensor, start: Start) -> Tensor:
     codes = solved.codes.view(grouped.shape).float()
     scale, zero = solved.scale.unsqueeze(-1), solved.zero.unsqueeze(-1)
     place = codes + (grouped / scale + zero - codes).clamp_(-INSIDE, INSIDE)
-    return ((place - zero) * scale).flatten(1)
+    moved: Tensor = ((place - zero) * scale).flatten(1)
+    return moved
 
 
 class _Rounded(torch.autograd.Function):

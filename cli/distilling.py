@@ -11,7 +11,7 @@ from llmpare.compress.prune.cut import Cut
 
 CUT = {"student-ffn": "ffn", "student-heads": "heads", "student-hidden": "hidden", "student-layers": "layers"}
 SAME = ("student", "tokens", "batch-tokens", "warmup", "loss", "beta", "temperature", "text-share", "hidden-loss",
-        "hidden-weight", "lora-rank", "teacher-dtype", "save-steps")  # fmt: skip
+        "hidden-weight", "lora-rank", "teacher-dtype", "on-policy", "save-steps")  # fmt: skip
 ONLY_WITH = (("beta", "loss", "jsd"), ("hidden-weight", "hidden-loss", "mse"))
 
 
@@ -23,8 +23,11 @@ def distill_request(settings: Settings) -> DistillRequest:
             raise UsageError(f"--{name} belongs to --{owner} {example}", f"add --{owner} {example}, or leave it out")
     cut = given(settings, CUT)
     options = given(settings, {name: name.replace("-", "_") for name in SAME})
-    if "student-config" in settings:
-        options["student_config"] = Path(settings["student-config"])
+    for name in ("student-config", "cache-teacher"):
+        if name in settings:
+            options[name.replace("-", "_")] = Path(settings[name])
+    if "early-exit" in settings:
+        options["early_exit"] = tuple(settings["early-exit"])
     if "lr" in settings:
         options["rate"] = settings["lr"]
     if cut:

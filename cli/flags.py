@@ -121,6 +121,15 @@ GradientCheckpointing = Annotated[
 TeacherDtype = Annotated[
     Text, value("--teacher-dtype", metavar="NAME", help="Precision of the teacher; default as --dtype.")
 ]
+CacheTeacher = Annotated[
+    Text, value("--cache-teacher", metavar="DIR", help="Keep the teacher's predictions there, and learn from them.")
+]
+OnPolicy = Annotated[
+    Text, value("--on-policy", metavar="X", help="Let the student write this share of the text, after a warm-up (0).")
+]
+EarlyExit = Annotated[
+    Text, value("--early-exit", metavar="N,...", help="Teach it to stop after N blocks, to draft for itself.")
+]
 SaveSteps = Annotated[
     Text, value("--save-steps", metavar="N", help="Steps between checkpoints; default: every ten minutes.")
 ]

@@ -125,6 +125,9 @@ DISTILL: Parsers = {
     "lora-rank": values.positive,
     "gradient-checkpointing": values.flag,
     "teacher-dtype": values.dtype,
+    "cache-teacher": values.path,
+    "on-policy": values.share,
+    "early-exit": values.numbers,
     "save-steps": values.positive,
 }
 

@@ -24,7 +24,9 @@ class DistillRequest(RunRequest):
     highest learning rate, steps in which it rises; None: see defaults. loss: one of LOSSES, with beta for jsd and a
     temperature. text_share: of the cross-entropy with the text, 0…1. hidden_loss: also compare the states between
     blocks, with this weight. lora_rank: train adapters of this rank and nothing else. recompute: less memory for
-    more time. teacher_dtype: precision of the teacher. save_steps: between checkpoints; None: by the clock.
+    more time. teacher_dtype: precision of the teacher. cache_teacher: where its predictions are kept and learned from,
+    so that it is not in memory while the student learns. on_policy: share of the batches that the student ends itself.
+    early_exit: numbers of blocks after which it can stop. save_steps: between checkpoints; None: by the clock.
     """
 
     student: str | None = None
@@ -43,6 +45,9 @@ class DistillRequest(RunRequest):
     lora_rank: int | None = None
     recompute: bool = False
     teacher_dtype: str = "auto"
+    cache_teacher: Path | None = None
+    on_policy: float = 0.0
+    early_exit: tuple[int, ...] = ()
     save_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +65,10 @@ class DistillRequest(RunRequest):
             raise UsageError(f"unknown loss {self.hidden_loss!r}", f"--hidden-loss takes {', '.join(HIDDEN_LOSSES)}")
         if self.hidden_loss is not None and self.loss == TEXT_ALONE:
             raise UsageError("--hidden-loss compares with a teacher, --loss cross-entropy does without", "drop one")
+        if self.cache_teacher is not None:
+            self._refuse_with_cache()
+        if not 0 <= self.on_policy <= 1:
+            raise UsageError(f"--on-policy {self.on_policy:g} is not between 0 and 1", "0.25 is a quarter of the text")
         if not 0 < self.beta < 1:
             raise UsageError(f"--beta {self.beta:g} is not between 0 and 1", "0.5 treats both models alike")
         if not 0 <= self.text_share <= 1:
@@ -67,6 +76,21 @@ class DistillRequest(RunRequest):
         for flag, value in (("--lr", self.rate), ("--temperature", self.temperature)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{flag} must be more than 0, not {value:g}")
+
+    def _refuse_with_cache(self) -> None:
+        others = {
+            "--on-policy": self.on_policy > 0,
+            "--hidden-loss": self.hidden_loss is not None,
+            "--temperature": self.temperature != 1,
+            "--loss cross-entropy": self.loss == TEXT_ALONE,
+        }
+        for flag, given in others.items():
+            if given:
+                raise UsageError(
+                    f"{flag} cannot be had with --cache-teacher, which keeps what the teacher says of given text at "
+                    "temperature 1",
+                    "drop one of the two",
+                )
 
     @property
     def healing(self) -> bool:
@@ -76,6 +100,6 @@ class DistillRequest(RunRequest):
     def spec(self) -> dict[str, Any]:
         """See RunRequest. When checkpoints are written decides nothing; files are known by their digests."""
         fields = super().spec()
-        for name in ("student", "student_config", "save_steps"):
+        for name in ("student", "student_config", "save_steps", "cache_teacher"):
             del fields[name]
-        return fields
+        return {**fields, "cached_teacher": self.cache_teacher is not None}

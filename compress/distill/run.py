@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from llmpare.compress import devices
+from llmpare.compress.calibration import Windows
 from llmpare.compress.checkpoint import publish
 from llmpare.compress.checkpoint.journal import Journal
 from llmpare.compress.clock import Clock
@@ -110,6 +111,8 @@ def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> di
         if TRAINED in journal.done:
             job.processes.told({"folder": None, "resume": None})
         else:
+            ids = torch.from_numpy(_learned(job).ids)
+            setup.cache_teacher(job.plan, ids, job.processes.device, job.clock, job.progress)
             last = journal.done.get(CHECKPOINT)
             order = {"folder": str(place), "resume": last["name"] if last else None}
             _learn(job, journal, **job.processes.told(order))
@@ -179,10 +182,9 @@ def _learn(job: Job, journal: Journal | None, folder: str | None, resume: str | 
     with open_dense(Path(folder)) as source:
         progress.phase("loading")
         with clock.phase("load"):
-            pupil = setup.pupil(plan, job.teacher, source, job.processes.device)
-        count = plan.pace.steps * plan.pace.windows
-        assert job.texts.calibration is not None
-        lessons = Lessons(job.texts.calibration.ids, count, plan.request.seed)
+            ids = _learned(job).ids
+            pupil = setup.pupil(plan, job.teacher, source, torch.from_numpy(ids), job.processes.device)
+        lessons = Lessons(ids, plan.pace.steps * plan.pace.windows, plan.request.seed)
         progress.phase("distilling" if resume is None else f"distilling, from {resume}")
         begun = time.monotonic()
         if journal is not None and resume is not None:
@@ -194,6 +196,12 @@ def _learn(job: Job, journal: Journal | None, folder: str | None, resume: str | 
             progress.phase("writing")
             digests = output.write(job.folder, student, source)
             journal.append(TRAINED, {"digests": digests, "curve": curve, "seconds": spent()})
+
+
+def _learned(job: Job) -> Windows:
+    """The text that is learned from."""
+    assert job.texts.calibration is not None
+    return job.texts.calibration
 
 
 def _keep_only(place: Path, checkpoint: str | None) -> None:

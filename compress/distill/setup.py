@@ -5,10 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from llmpare.compress.distill import lora, losses, output
+from llmpare.compress.checkpoint.tensors import DTYPES
+from llmpare.compress.clock import Clock
+from llmpare.compress.distill import cache, lora, losses, output
+from llmpare.compress.distill.cached import CachedTeacher
+from llmpare.compress.distill.early_exit import EarlyExit
 from llmpare.compress.distill.hidden import HiddenLoss
 from llmpare.compress.distill.losses import Divergence, Objective
+from llmpare.compress.distill.on_policy import OnPolicy
 from llmpare.compress.distill.plan import DistillPlan
 from llmpare.compress.distill.pupil import Pupil
 from llmpare.compress.distill.request import TEXT_ALONE, DistillRequest
@@ -16,9 +22,13 @@ from llmpare.compress.distill.targets import Extension, Teacher
 from llmpare.compress.distill.teachers import LiveTeacher, TextAlone
 from llmpare.compress.distill.train import Training
 from llmpare.compress.errors import InputError
+from llmpare.compress.estimate import batch_tokens
+from llmpare.compress.evaluate.run import NAMES
+from llmpare.compress.evaluate.stream import Setup
 from llmpare.compress.evaluate.vocabulary import require_same
 from llmpare.compress.formats.decoded import DenseSource
 from llmpare.compress.model import whole
+from llmpare.compress.progress import Progress
 from llmpare.compress.tokenizer import load_tokenizer, tokenizer_files
 
 if TYPE_CHECKING:
@@ -55,27 +65,46 @@ def training(plan: DistillPlan, device: torch.device) -> Training:
     )
 
 
-def pupil(plan: DistillPlan, teacher: DenseSource, student: DenseSource, device: torch.device) -> Pupil:
-    """The student with its teacher, ready to learn; `finish` makes it a plain model again."""
+def pupil(plan: DistillPlan, teacher: DenseSource, student: DenseSource, ids: Tensor, device: torch.device) -> Pupil:
+    """The student with its teacher, ready to learn from windows `ids`; `finish` makes it a plain model again."""
     request = plan.request
     trust = request.trust_remote_code
     model = whole.load(student, torch.float32, device, trust=trust)
     output.check(model, student)
     guide: Teacher = TextAlone()
     extensions: list[Extension] = []
-    if request.loss != TEXT_ALONE:
-        dtype: torch.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[
-            plan.teacher_dtype(device.type)
-        ]
-        guide = live = LiveTeacher(whole.load(teacher, dtype, device, trust=trust))
+    if request.cache_teacher is not None:
+        guide = CachedTeacher.open(request.cache_teacher, ids, vocabulary=plan.student.vocabulary, device=device)
+    elif request.loss != TEXT_ALONE:
+        guide = live = LiveTeacher(whole.load(teacher, _teacher_dtype(plan, device), device, trust=trust))
         if request.hidden_loss is not None:
             extensions.append(HiddenLoss(request.hidden_loss, request.hidden_weight, live))
     if request.lora_rank is not None:
         extensions.append(lora.Lora(request.lora_rank))
+    loss = objective(request)
+    if request.early_exit:
+        extensions.append(EarlyExit(guide, loss, request.early_exit))
+    rewrite = OnPolicy(request.on_policy) if request.on_policy else None
     torch.manual_seed(request.seed)
     for extension in extensions:
         extension.prepare(model)
-    return Pupil(model, guide, objective(request), extensions)
+    return Pupil(model, guide, loss, extensions, rewrite)
+
+
+def cache_teacher(plan: DistillPlan, ids: Tensor, device: torch.device, clock: Clock, progress: Progress) -> None:
+    """Makes the cache of the teacher's predictions for windows of text `ids`, if one is asked for and not there yet."""
+    request, folder = plan.request, plan.teacher.folder
+    if request.cache_teacher is None:
+        return
+    assert folder is not None
+    batch = max(1, batch_tokens(device.type) // plan.seqlen)
+    how = Setup(_teacher_dtype(plan, device), device, batch, request.trust_remote_code, clock, progress)
+    shared = min(plan.teacher.vocabulary, plan.student.vocabulary)
+    cache.build(folder, ids, request.cache_teacher, how, vocabulary=shared, restart=request.restart)
+
+
+def _teacher_dtype(plan: DistillPlan, device: torch.device) -> torch.dtype:
+    return DTYPES[NAMES[plan.teacher_dtype(device.type)]]
 
 
 def finish(trained: Pupil) -> "PreTrainedModel":

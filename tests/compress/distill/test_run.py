@@ -264,3 +264,32 @@ def test_a_dry_run_says_what_it_would_take(place: Place, tmp_path: Path, capsys:
     assert planned["tokens"] == 768
     assert planned["memory_bytes"] > planned["output_bytes"]
     assert os.listdir(tmp_path) == []
+
+
+def test_a_cached_teacher_teaches_the_same(place: Place, whole: Path, tmp_path: Path) -> None:
+    """All of 4096 tokens but a tail of no weight would be the same; 64 of them are nearly so."""
+    out = tmp_path / "out"
+    assert main(place.command(out, "--cache-teacher", str(tmp_path / "cache"))) == 0
+    assert (tmp_path / "cache" / "manifest.json").exists()
+    start, live, cached = (load_file(f / "model.safetensors") for f in (place.student, whole, out))
+    name = "model.layers.1.mlp.down_proj.weight"
+    moved, other = live[name] - start[name], cached[name] - start[name]
+    assert float(torch.cosine_similarity(moved.flatten(), other.flatten(), dim=0)) > 0.5
+    assert report_of(out)["distillation"]["training"]["learned_from"] == "the teacher"
+
+
+def test_a_student_writes_for_itself_and_learns_to_stop_early(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(place.command(out, "--on-policy", "0.5", "--early-exit", "1")) == 0
+    assert report_of(out)["request"]["early_exit"] == [1]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    drafted = model.generate(ids, assistant_early_exit=1, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(drafted, model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0))
+
+
+def test_text_alone_is_a_loss_too(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(place.command(out, "--loss", "cross-entropy")) == 0
+    assert report_of(out)["distillation"]["training"]["learned_from"] == "the text alone"
+    assert main(place.command(tmp_path / "more", "--loss", "cross-entropy", "--cache-teacher", "x")) == 2

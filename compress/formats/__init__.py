@@ -49,6 +49,10 @@ class Format(Protocol):
         """The weight [rows, columns] in float32 as a loader computes it."""
         ...
 
+    def solved(self, linear: Linear, scheme: Scheme, tensors: "Mapping[str, Tensor]") -> "Solved":
+        """The codes, scales and zero points that `encode` was given. Raises UsageError where they are not kept."""
+        ...
+
     def config(
         self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str]
     ) -> dict[str, Any] | None:

@@ -72,6 +72,10 @@ class CompressedTensors:
 
     def decode(self, linear: Linear, scheme: Scheme, tensors: "Mapping[str, Tensor]") -> "Tensor":
         """(code − zero point) · scale."""
+        return self.solved(linear, scheme, tensors).weight()
+
+    def solved(self, linear: Linear, scheme: Scheme, tensors: "Mapping[str, Tensor]") -> "Solved":
+        """Codes as they were."""
         import torch
 
         from llmpare.compress.formats.packing import unpack
@@ -84,7 +88,7 @@ class CompressedTensors:
         else:
             packed = tensors[f"{linear.name}.weight_zero_point"].t().contiguous()
             zero = unpack(packed, scheme.bits, linear.rows).t().float()
-        return Solved(codes, scale, zero).weight()
+        return Solved(codes, scale, zero)
 
     def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str]) -> dict[str, Any]:
         """Groups of one scheme each: every Linear if there is only one, else by name.

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmpare.compress.checkpoint.write import TensorSpec
+from llmpare.compress.errors import UsageError
 from llmpare.compress.model.layout import Linear
 from llmpare.compress.request import Scheme
 
@@ -45,6 +46,10 @@ class Dense:
         """The weight itself."""
         weight = tensors[linear.weight].float()
         return weight.t().contiguous() if linear.transposed else weight
+
+    def solved(self, linear: Linear, scheme: Scheme, tensors: "Mapping[str, Tensor]") -> "Solved":
+        """There are no codes in a dense weight."""
+        raise UsageError("the dense format keeps no codes", "use --format compressed-tensors or gptq")
 
     def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str]) -> None:
         """The model's own config describes it."""

@@ -86,15 +86,20 @@ class Gptq:
 
     def decode(self, linear: Linear, scheme: Scheme, tensors: "Mapping[str, Tensor]") -> "Tensor":
         """(code − zero point) · scale, each column with the scale g_idx gives it."""
+        found = self.solved(linear, scheme, tensors)
+        index = tensors[f"{linear.name}.g_idx"].long()
+        return (found.codes.float() - found.zero[:, index]) * found.scale[:, index]
+
+    def solved(self, linear: Linear, scheme: Scheme, tensors: "Mapping[str, Tensor]") -> "Solved":
+        """Codes as they were; g_idx is taken to be trivial, as `encode` makes it."""
         from llmpare.compress.formats.packing import unpack
+        from llmpare.compress.grid import Solved
 
         codes = unpack(tensors[f"{linear.name}.qweight"].t().contiguous(), scheme.bits, linear.columns)
         zero = unpack(tensors[f"{linear.name}.qzeros"], scheme.bits, linear.rows).float().t()
         if scheme.symmetric:
             zero = zero + 1
-        scale = tensors[f"{linear.name}.scales"].float().t()
-        index = tensors[f"{linear.name}.g_idx"].long()
-        return (codes.float() - zero[:, index]) * scale[:, index]
+        return Solved(codes, tensors[f"{linear.name}.scales"].float().t(), zero)
 
     def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str]) -> dict[str, Any]:
         """One scheme, and two ways of naming what stays dense, since no key is understood by every loader."""

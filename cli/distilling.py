@@ -1,6 +1,7 @@
 """Settings of `llmpare distill` → the frozen request that the library works on."""
 
 from pathlib import Path
+from typing import Any
 
 from llmpare.cli.pruning import common
 from llmpare.cli.requests import given
@@ -8,6 +9,7 @@ from llmpare.cli.settings import Settings, required
 from llmpare.compress.distill.request import DistillRequest
 from llmpare.compress.errors import UsageError
 from llmpare.compress.prune.cut import Cut
+from llmpare.compress.request import parse_scheme
 
 CUT = {"student-ffn": "ffn", "student-heads": "heads", "student-hidden": "hidden", "student-layers": "layers"}
 SAME = ("student", "tokens", "batch-tokens", "warmup", "loss", "beta", "temperature", "text-share", "hidden-loss",
@@ -30,6 +32,7 @@ def distill_request(settings: Settings) -> DistillRequest:
         options["early_exit"] = tuple(settings["early-exit"])
     if "lr" in settings:
         options["rate"] = settings["lr"]
+    options |= _scheme(settings)
     if cut:
         options["cut"] = Cut(**cut)
     return DistillRequest(
@@ -37,3 +40,14 @@ def distill_request(settings: Settings) -> DistillRequest:
         **options,
         recompute=settings.get("gradient-checkpointing", False),
     )
+
+
+def _scheme(settings: Settings) -> dict[str, Any]:
+    """How the student is to be stored, if not as it came."""
+    if "student-scheme" in settings:
+        scheme = parse_scheme(settings["student-scheme"], group_size=settings.get("group-size"))
+        return {"student_scheme": scheme, **given(settings, {"format": "format"})}
+    for name in ("group-size", "format"):
+        if name in settings:
+            raise UsageError(f"--{name} belongs to --student-scheme", "add --student-scheme W4A16, or leave it out")
+    return {}

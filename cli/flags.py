@@ -130,6 +130,15 @@ OnPolicy = Annotated[
 EarlyExit = Annotated[
     Text, value("--early-exit", metavar="N,...", help="Teach it to stop after N blocks, to draft for itself.")
 ]
+StudentScheme = Annotated[
+    Text, value("--student-scheme", metavar="NAME", help="Train it as it will be rounded, and store codes, as W4A16.")
+]
+StudentGroupSize = Annotated[
+    Text, value("--group-size", metavar="N", help="--student-scheme: 32, 64, 128 (default), or -1.")
+]
+StudentFormat = Annotated[
+    Text, value("--format", metavar="NAME", help="--student-scheme: compressed-tensors (default), gptq or dense.")
+]
 SaveSteps = Annotated[
     Text, value("--save-steps", metavar="N", help="Steps between checkpoints; default: every ten minutes.")
 ]

@@ -104,7 +104,7 @@ PRUNE: Parsers = {
 }
 
 DISTILL: Parsers = {
-    **{name: parse for name, parse in _COMPRESS.items() if name not in ("model", "nsamples", "format", "ignore")},
+    **{name: parse for name, parse in _COMPRESS.items() if name not in ("model", "nsamples", "ignore")},
     "teacher": values.path,
     "student": values.path,
     "student-ffn": values.share,
@@ -128,6 +128,8 @@ DISTILL: Parsers = {
     "cache-teacher": values.path,
     "on-policy": values.share,
     "early-exit": values.numbers,
+    "student-scheme": values.text,
+    "group-size": values.whole,
     "save-steps": values.positive,
 }
 

@@ -14,7 +14,7 @@ class Progress(Protocol):
         """Decoder block `index` (from 0) of `total` is finished; facts are figures by name, such as seconds."""
 
     def step(self, done: int, total: int, left: float, facts: Mapping[str, float]) -> None:
-        """`done` steps of `total` of a training are finished, the rest takes about `left` seconds; facts as for a block."""
+        """`done` of `total` steps of a training are finished; about `left` seconds to come. facts: as for a block."""
 
     def warn(self, message: str) -> None:
         """Something the user should know although the run goes on."""

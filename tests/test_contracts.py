@@ -110,7 +110,9 @@ QUANTIZE = "llmpare.compress.quantize"
 NAMED = {name.partition(":")[0] for m in METHODS.values() for name in (m.solver, m.tuner) if name}
 PRUNE = "llmpare.compress.prune"
 MASKS = {method.solver.partition(":")[0] for method in PRUNING.values()} | {"masks", "pruned", "refit", "joint"}
+DISTILL = "llmpare.compress.distill"
 ALGORITHMS = (
+    f"{DISTILL}.losses",
     "llmpare.compress.grid",
     *(f"{QUANTIZE}.{name}" for name in sorted({*NAMED, "linalg", "refine"})),
     *(f"{PRUNE}.{name}" for name in sorted(MASKS)),
@@ -193,7 +195,9 @@ def test_the_environment_is_read_at_the_edge() -> None:
     assert set(found) <= {"llmpare.cli.exits"}
 
 
-@pytest.mark.parametrize("module", ["cli.exits", "compress.plan", "compress.inspect", "compress.report.markdown"])
+@pytest.mark.parametrize(
+    "module", ["cli.exits", "compress.plan", "compress.distill.plan", "compress.inspect", "compress.report.markdown"]
+)
 def test_what_must_be_instant_imports_nothing_heavy(module: str) -> None:
     script = f"import sys, llmpare.{module}; print(*(m for m in {HEAVY} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True)
@@ -219,7 +223,9 @@ def times_the_libraries(*command: str) -> float:
     return min(ours for ours, _ in pairs) / min(theirs for _, theirs in pairs)
 
 
-@pytest.mark.parametrize("command", [["--help"], ["quantize", "--help"], ["evaluate", "--help"], ["prune", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["quantize", "--help"], ["evaluate", "--help"], ["prune", "--help"], ["distill", "--help"]]
+)
 def test_help_is_instant(command: list[str]) -> None:
     assert times_the_libraries(*command) < 4
 
@@ -231,7 +237,11 @@ def test_what_reads_only_headers_is_instant(command: str) -> None:
 
 @pytest.mark.parametrize(
     ("commands", "table", "file_only"),
-    [(("quantize", "plan"), settings.QUANTIZE, {"layers"}), (("evaluate",), settings.EVALUATE, set())],
+    [
+        (("quantize", "plan"), settings.QUANTIZE, {"layers"}),
+        (("evaluate",), settings.EVALUATE, set()),
+        (("distill",), settings.DISTILL, set()),
+    ],
 )
 def test_every_flag_can_be_read_and_every_setting_has_a_flag(
     commands: tuple[str, ...], table: settings.Parsers, file_only: set[str]

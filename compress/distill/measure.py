@@ -9,6 +9,8 @@ import torch
 from llmpare.compress import devices
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
+from llmpare.compress.distill import drafting
+from llmpare.compress.distill.plan import DistillPlan
 from llmpare.compress.errors import MemoryLimitError
 from llmpare.compress.estimate import batch_tokens
 from llmpare.compress.evaluate import compare, fidelity
@@ -16,24 +18,47 @@ from llmpare.compress.evaluate.models import Subject
 from llmpare.compress.evaluate.run import NAMES
 from llmpare.compress.evaluate.stream import Reader, Setup, read
 from llmpare.compress.formats.decoded import DenseSource, open_dense
+from llmpare.compress.model import whole
 from llmpare.compress.progress import Progress
 from llmpare.compress.texts import Texts
+
+PROMPTS = 8  # that early exits are timed on
 
 
 @dataclass(frozen=True)
 class Measured:
-    """`fidelity` sections of the report: the student as it came, and as it is now, both against the teacher."""
+    """`fidelity` sections of the report, against the teacher: the student as it came, and as it is now.
+
+    rounded: as post-training quantization makes it, if the training was for codes.
+    """
 
     before: dict[str, Any]
     after: dict[str, Any]
+    rounded: dict[str, Any] | None
     fallbacks: list[dict[str, str]]
 
 
+def early_exits(
+    plan: DistillPlan, made: Path, texts: Texts, device: torch.device, clock: Clock, progress: Progress
+) -> list[dict[str, Any]]:
+    """What each early exit is worth, in the order of the request. made: the folder of the trained student."""
+    request = plan.request
+    if not request.early_exit:
+        return []
+    progress.phase("drafting with early exits")
+    ids = torch.from_numpy(texts.evaluation.ids[:PROMPTS, : plan.seqlen // 2]).to(device)
+    with clock.phase("draft"), open_dense(made) as source:
+        dtype = DTYPES[NAMES[plan.teacher_dtype(device.type)]]  # half precision is slow on processors
+        model = whole.load(source, dtype, device, trust=request.trust_remote_code)
+        return [each.to_json() for each in drafting.measure(model, ids, request.early_exit, plan.seqlen // 2)]
+
+
 def measure(
-    teacher: DenseSource, student: DenseSource, made: Path, texts: Texts, dtype: str, device: torch.device,
-    trust: bool, clock: Clock, progress: Progress,
+    teacher: DenseSource, student: DenseSource, made: Path, rounded: Path | None, texts: Texts, dtype: str,
+    device: torch.device, trust: bool, clock: Clock, progress: Progress,
 ) -> Measured:  # fmt: skip
-    """Both fidelities. student: as it came. made: the folder of what it has become. dtype: as --dtype has it."""
+    """Both fidelities. student: as it came. made: the folder of what it has become; rounded: of
+    what quantization alone made of it. dtype: as --dtype has it."""
     named = NAMES[dtype] if dtype != "auto" else Subject("", "", teacher, None).dtype
     ids = torch.from_numpy(texts.evaluation.ids)
     setup = Setup(DTYPES[named], device, max(1, batch_tokens(device.type) // ids.shape[1]), trust, clock, progress)
@@ -61,6 +86,9 @@ def measure(
             scores = compare.scores(dense, other, ids, device)
         return fidelity.summarise([scores], str(DTYPES[named]).removeprefix("torch."))
 
-    before = section(student, "the student before")
+    before, quantized = section(student, "the student before"), None
+    if rounded is not None:
+        with open_dense(rounded) as source:
+            quantized = section(source, "the student quantized without training")
     with open_dense(made) as source:
-        return Measured(before, section(source, "the student now"), fallbacks)
+        return Measured(before, section(source, "the student now"), quantized, fallbacks)

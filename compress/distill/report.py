@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from llmpare.compress.clock import Clock
@@ -12,26 +13,31 @@ from llmpare.compress.distill.plan import DistillPlan
 from llmpare.compress.distill.request import TEXT_ALONE
 from llmpare.compress.environment import cost, environment
 from llmpare.compress.evaluate.models import Subject, digest
-from llmpare.compress.formats.decoded import DenseSource
+from llmpare.compress.formats.decoded import DenseSource, open_dense
 from llmpare.compress.outcome import config_digest
 from llmpare.compress.report import build, gates
 from llmpare.compress.texts import Texts
 
 
 def describe(
-    plan: DistillPlan, teacher: DenseSource, student: DenseSource, texts: Texts, trained: Mapping[str, Any],
-    found: Measured, processes: Processes, clock: Clock,
+    plan: DistillPlan, teacher: DenseSource, student: DenseSource, made: Path, texts: Texts, trained: Mapping[str, Any],
+    found: Measured, exits: list[dict[str, Any]], processes: Processes, clock: Clock,
 ) -> dict[str, Any]:  # fmt: skip
-    """The report, as schema.json says. student: as it came. trained: what the journal says of the training."""
+    """The report, as schema.json says.
+
+    student: as it came. made: the folder of what it has become. trained: what the journal says of the training.
+    exits: what each early exit is worth.
+    """
     request = plan.request
     assert texts.calibration is not None
-    size = build.size(
-        source_bytes=teacher.weight_bytes,
-        output_bytes=sum(info.nbytes for info in student.tensors.values()),
-        linear_bytes=0,
-        parameters_total=teacher.parameters,
-        parameters_compressed=0,
-    )
+    with open_dense(made) as output:
+        size = build.size(
+            source_bytes=teacher.weight_bytes,
+            output_bytes=output.weight_bytes,
+            linear_bytes=sum(linear.nbytes for linear in output.packed.values()),
+            parameters_total=output.parameters,
+            parameters_compressed=sum(linear.rows * linear.columns for linear in output.packed.values()),
+        )
     warnings = inputs.warnings(plan, texts)
     checked = gates.evaluate(request.gates, found.after, size)
     held = gates.verdict(checked, strict=request.strict, fallbacks=found.fallbacks, warnings=warnings)
@@ -51,11 +57,12 @@ def describe(
         "calibration": texts.calibration.source,
         "evaluation": texts.evaluation.source,
         "overlap": texts.overlap,
-        "size": {**size, "parameters_output": student.parameters},
+        "size": size,
         "fidelity": found.after,
         "distillation": {
             "student": {**Subject(plan.student.name, "", student, None).describe(), "made": _made(plan)},
             "before": found.before,
+            "quantized_without_training": found.rounded,
             "recovered": recovered(found.before, found.after),
             "training": {
                 "tokens": plan.tokens,
@@ -72,6 +79,7 @@ def describe(
                 "tokens_per_second": plan.tokens / trained["seconds"] if trained["seconds"] else None,
             },
             "curve": trained["curve"],
+            "early_exits": exits,
         },
         "fallbacks": found.fallbacks,
         "warnings": warnings,

@@ -8,7 +8,7 @@ from typing import Any
 from llmpare.compress.distill import defaults
 from llmpare.compress.errors import UsageError
 from llmpare.compress.prune.cut import Cut
-from llmpare.compress.request import RunRequest
+from llmpare.compress.request import RunRequest, Scheme
 
 LOSSES = ("forward-kl", "reverse-kl", "jsd", "total-variation", "cross-entropy")
 HIDDEN_LOSSES = ("mse", "cosine")
@@ -26,7 +26,8 @@ class DistillRequest(RunRequest):
     blocks, with this weight. lora_rank: train adapters of this rank and nothing else. recompute: less memory for
     more time. teacher_dtype: precision of the teacher. cache_teacher: where its predictions are kept and learned from,
     so that it is not in memory while the student learns. on_policy: share of the batches that the student ends itself.
-    early_exit: numbers of blocks after which it can stop. save_steps: between checkpoints; None: by the clock.
+    early_exit: numbers of blocks after which it can stop. student_scheme: how its linears are stored, and rounded while
+    it learns; None: dense. save_steps: between checkpoints; None: by the clock.
     """
 
     student: str | None = None
@@ -48,6 +49,8 @@ class DistillRequest(RunRequest):
     cache_teacher: Path | None = None
     on_policy: float = 0.0
     early_exit: tuple[int, ...] = ()
+    student_scheme: Scheme | None = None
+    format: str = "compressed-tensors"  # of student_scheme
     save_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class DistillRequest(RunRequest):
             raise UsageError(f"unknown loss {self.hidden_loss!r}", f"--hidden-loss takes {', '.join(HIDDEN_LOSSES)}")
         if self.hidden_loss is not None and self.loss == TEXT_ALONE:
             raise UsageError("--hidden-loss compares with a teacher, --loss cross-entropy does without", "drop one")
+        if self.student_scheme is not None and self.lora_rank is not None:
+            raise UsageError("--lora-rank and --student-scheme both replace the student's linears", "drop one")
         if self.cache_teacher is not None:
             self._refuse_with_cache()
         if not 0 <= self.on_policy <= 1:

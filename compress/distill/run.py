@@ -21,7 +21,7 @@ from llmpare.compress.calibration import Windows
 from llmpare.compress.checkpoint import publish
 from llmpare.compress.checkpoint.journal import Journal
 from llmpare.compress.clock import Clock
-from llmpare.compress.distill import inputs, lora, measure, output, scratch, setup
+from llmpare.compress.distill import inputs, lora, measure, rounding, scratch, setup
 from llmpare.compress.distill import report as reporting
 from llmpare.compress.distill.launch import Processes
 from llmpare.compress.distill.lessons import Lessons
@@ -33,7 +33,7 @@ from llmpare.compress.evaluate.models import digest
 from llmpare.compress.formats.decoded import DenseSource, open_dense
 from llmpare.compress.progress import Progress, Silent
 from llmpare.compress.report import build, gates, html, markdown
-from llmpare.compress.run import REPORTS, run_prune
+from llmpare.compress.run import REPORTS, run_prune, run_quantize
 from llmpare.compress.texts import Texts
 from llmpare.compress.version import VERSION
 
@@ -111,6 +111,10 @@ def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> di
         if TRAINED in journal.done:
             job.processes.told({"folder": None, "resume": None})
         else:
+            if job.plan.request.student_scheme is not None:
+                job.progress.phase("quantizing the student")
+                with job.clock.phase("quantize"):
+                    run_quantize(rounding.quantize_request(job.plan.request, place), job.progress)
             ids = torch.from_numpy(_learned(job).ids)
             setup.cache_teacher(job.plan, ids, job.processes.device, job.clock, job.progress)
             last = journal.done.get(CHECKPOINT)
@@ -121,15 +125,20 @@ def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> di
         with open_dense(place) as student:
             request, processes = job.plan.request, job.processes
             found = measure.measure(
-                job.teacher, student, job.folder, job.texts, request.dtype, processes.device,
+                job.teacher, student, job.folder,
+                None if request.student_scheme is None else rounding.folder(request.out),
+                job.texts, request.dtype, processes.device,
                 request.trust_remote_code, job.clock, job.progress,
             )  # fmt: skip
-            report = reporting.describe(job.plan, job.teacher, student, job.texts, trained, found, processes, job.clock)
+            exits = measure.early_exits(job.plan, job.folder, job.texts, processes.device, job.clock, job.progress)
+            report = reporting.describe(
+                job.plan, job.teacher, student, job.folder, job.texts, trained, found, exits, processes, job.clock
+            )
         publish.write_file(job.folder / REPORTS[0], build.encode(report))
         publish.write_file(job.folder / REPORTS[1], markdown.render(report).encode())
         publish.write_file(job.folder / REPORTS[2], html.render(report).encode())
-        if place.is_relative_to(job.folder):
-            shutil.rmtree(place)
+        for made in (carved_folder(request.out), rounding.folder(request.out)):
+            shutil.rmtree(made, ignore_errors=True)
     return publish.build_manifest(
         job.folder,
         spec=spec,
@@ -191,10 +200,9 @@ def _learn(job: Job, journal: Journal | None, folder: str | None, resume: str | 
             before = journal.done[CHECKPOINT]["seconds"]
         with clock.phase("train"):
             curve = train(pupil, lessons, setup.training(plan, job.processes.device), place, progress, saved, resume)
-        student = setup.finish(pupil)
         if journal is not None:
             progress.phase("writing")
-            digests = output.write(job.folder, student, source)
+            digests = setup.write(pupil, source, job.folder, plan.request)
             journal.append(TRAINED, {"digests": digests, "curve": curve, "seconds": spent()})
 
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
-from llmpare.compress.distill import cache, lora, losses, output
+from llmpare.compress.distill import cache, lora, losses, output, rounding
 from llmpare.compress.distill.cached import CachedTeacher
 from llmpare.compress.distill.early_exit import EarlyExit
 from llmpare.compress.distill.hidden import HiddenLoss
@@ -17,6 +16,7 @@ from llmpare.compress.distill.losses import Divergence, Objective
 from llmpare.compress.distill.on_policy import OnPolicy
 from llmpare.compress.distill.plan import DistillPlan
 from llmpare.compress.distill.pupil import Pupil
+from llmpare.compress.distill.qat import Rounding
 from llmpare.compress.distill.request import TEXT_ALONE, DistillRequest
 from llmpare.compress.distill.targets import Extension, Teacher
 from llmpare.compress.distill.teachers import LiveTeacher, TextAlone
@@ -30,9 +30,6 @@ from llmpare.compress.formats.decoded import DenseSource
 from llmpare.compress.model import whole
 from llmpare.compress.progress import Progress
 from llmpare.compress.tokenizer import load_tokenizer, tokenizer_files
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def objective(request: DistillRequest) -> Objective:
@@ -79,6 +76,8 @@ def pupil(plan: DistillPlan, teacher: DenseSource, student: DenseSource, ids: Te
         guide = live = LiveTeacher(whole.load(teacher, _teacher_dtype(plan, device), device, trust=trust))
         if request.hidden_loss is not None:
             extensions.append(HiddenLoss(request.hidden_loss, request.hidden_weight, live))
+    if request.student_scheme is not None:
+        extensions.append(rounding.begin(request, student))
     if request.lora_rank is not None:
         extensions.append(lora.Lora(request.lora_rank))
     loss = objective(request)
@@ -107,11 +106,17 @@ def _teacher_dtype(plan: DistillPlan, device: torch.device) -> torch.dtype:
     return DTYPES[NAMES[plan.teacher_dtype(device.type)]]
 
 
-def finish(trained: Pupil) -> "PreTrainedModel":
-    """The student, without anything that was added for the training."""
+def write(trained: Pupil, source: DenseSource, folder: Path, request: DistillRequest) -> dict[str, str]:
+    """Writes the student without anything that was added for the training. Returns the sha256 of every tensor.
+
+    source: the student as it came.
+    """
     for extension in reversed(trained.extensions):
         extension.finish(trained.student)
-    return trained.student
+    for extension in trained.extensions:
+        if isinstance(extension, Rounding):
+            return rounding.write(folder, trained.student, source, request, extension)
+    return output.write(folder, trained.student, source)
 
 
 def same_tokens(teacher: str, student: str, folders: Sequence[Path], trust: bool) -> None:

@@ -20,6 +20,7 @@ def sections(report: Section) -> Sequence[list[str]]:
         common.gates(report["gates"]),
         common.concerns(report),
         _curve(found["curve"]),
+        _exits(found["early_exits"]),
         made.texts(report),
         common.cost(report["cost"]),
         made.environment(report),
@@ -43,7 +44,16 @@ def _before(found: Section) -> list[tuple[str, ...]]:
             "" if found["recovered"] is None else f"{show.percent(found['recovered'], 1)} of the loss recovered",
         ),
         ("KL divergence before the training", "", show.figure(before["kl"]["mean"]), ""),
+        *_quantized(found["quantized_without_training"]),
     ]
+
+
+def _quantized(rounded: Section | None) -> list[tuple[str, ...]]:
+    """The same format without training."""
+    if rounded is None:
+        return []
+    kl = f"KL divergence {show.figure(rounded['kl']['mean'])}"
+    return [("perplexity quantized without training", "", show.figure(rounded["perplexity"]["compressed"]), kl)]
 
 
 def _training(report: Section) -> list[str]:
@@ -72,6 +82,31 @@ def _training(report: Section) -> list[str]:
         ),
     ]
     return ["## Training", "", *table(("", "", ""), rows)]
+
+
+def _exits(exits: Sequence[Section]) -> list[str]:
+    """What drafting with the first blocks brings."""
+    if not exits:
+        return []
+    rows = [
+        (
+            str(each["exit"]),
+            show.percent(each["acceptance"], 1),
+            show.figure(each["tokens_per_check"], 3),
+            f"{show.figure(each['plain_tokens_per_second'])} → {show.figure(each['drafted_tokens_per_second'])}",
+            f"{each['speedup']:.2f}",
+            show.percent(each["equal"], 0),
+        )
+        for each in exits
+    ]
+    head = ("blocks", "drafts accepted", "tokens per check", "tokens per second", "times as fast", "same text")
+    return [
+        "## Early exits",
+        "",
+        "Greedy generation by `generate(assistant_early_exit=blocks)` of transformers, against that by all blocks.",
+        "",
+        *table(head, rows, right="012345"),
+    ]
 
 
 def _curve(curve: Sequence[Section]) -> list[str]:

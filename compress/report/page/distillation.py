@@ -1,6 +1,6 @@
 """How a student learned: its models, its training, its curve."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmpare.compress.report import show
@@ -22,7 +22,25 @@ def sections(report: Report) -> list[Section]:
         drawing = plots.lines([trace], "training-loss", x="step", y="loss, nats per token", dots=len(curve) < 40)
         first, last = show.figure(curve[0]["loss"]), show.figure(curve[-1]["loss"])
         items.append(Figure("Loss while training", drawing, f"From {first} at the first step to {last} at the last."))
+    if found["early_exits"]:
+        items.append(_exits(found["early_exits"]))
     return [Section("training", "What was learned", items)]
+
+
+def _exits(exits: Sequence[Report]) -> Table:
+    rows: list[list[Cell | str]] = [
+        [
+            str(each["exit"]),
+            show.percent(each["acceptance"], 1),
+            show.figure(each["plain_tokens_per_second"]),
+            show.figure(each["drafted_tokens_per_second"]),
+            f"{each['speedup']:.2f}",
+            show.percent(each["equal"], 0),
+        ]
+        for each in exits
+    ]
+    head = ("blocks", "drafts accepted", "tokens per second", "with drafts", "times as fast", "same text")
+    return Table("Drafting with the first blocks, checking with all", head, rows, (1, 2, 3, 4, 5))
 
 
 def _gained(report: Report) -> Table:

@@ -32,7 +32,8 @@ class Place:
 
     def command(self, out: Path, *more: str) -> list[str]:
         """Six steps of four windows; what is in `more` wins."""
-        student = [] if any(word.startswith("--student") for word in more) else ["--student", str(self.student)]
+        own = ("--student", "--student-ffn", "--student-config")
+        student = [] if any(word in own for word in more) else ["--student", str(self.student)]
         return [
             "distill", "--teacher", str(self.teacher), *student, "-o", str(out), "--dataset", str(self.text[0]),
             "--eval-dataset", str(self.text[1]), "--eval-nsamples", "2", "--seqlen", "32", "--tokens", "768",
@@ -281,7 +282,10 @@ def test_a_cached_teacher_teaches_the_same(place: Place, whole: Path, tmp_path: 
 def test_a_student_writes_for_itself_and_learns_to_stop_early(place: Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(place.command(out, "--on-policy", "0.5", "--early-exit", "1")) == 0
-    assert report_of(out)["request"]["early_exit"] == [1]
+    report = report_of(out)
+    assert report["request"]["early_exit"] == [1]
+    assert [each["exit"] for each in report["distillation"]["early_exits"]] == [1]
+    assert "Early exits" in (out / "report.md").read_text(encoding="utf-8")
     model = AutoModelForCausalLM.from_pretrained(out)
     ids = torch.zeros(1, 4, dtype=torch.long)
     drafted = model.generate(ids, assistant_early_exit=1, max_new_tokens=4, do_sample=False, pad_token_id=0)
@@ -293,3 +297,14 @@ def test_text_alone_is_a_loss_too(place: Place, tmp_path: Path) -> None:
     assert main(place.command(out, "--loss", "cross-entropy")) == 0
     assert report_of(out)["distillation"]["training"]["learned_from"] == "the text alone"
     assert main(place.command(tmp_path / "more", "--loss", "cross-entropy", "--cache-teacher", "x")) == 2
+
+
+def test_a_student_is_trained_for_its_codes(place: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    more = ["--student-scheme", "W4A16", "--group-size", "32", "--lr", "3e-4"]
+    assert main(place.command(out, *more)) == 0
+    report = report_of(out)
+    assert report["distillation"]["quantized_without_training"]["kl"]["mean"] > 0
+    assert 4.5 < report["size"]["linear_bits_per_weight"] < 5.1  # a scale of 16 bits per 32 weights, and the shapes
+    assert load_file(out / "model.safetensors")["model.layers.0.mlp.up_proj.weight_packed"].dtype == torch.int32
+    assert main(["verify", str(out), "--quiet"]) == 0

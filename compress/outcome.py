@@ -42,6 +42,7 @@ class Done:
     digests: dict[str, str]
     fidelity: dict[str, Any]
     outside: list[str]  # linear modules that belong to no block
+    eager: bool  # the model's own code looks at weights while it is loaded
 
 
 def describe(job: Job, done: Done) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def describe(job: Job, done: Done) -> dict[str, Any]:
         parameters_compressed=sum(linear.rows * linear.columns for linear in compressed),
     )
     fallbacks = [note for record in done.records for note in record["fallbacks"]]
-    warnings = [*plan.warnings, *texts.warnings()]
+    warnings = [*plan.warnings, *texts.warnings(), *plan.caveats(done.eager)]
     checked = gates.evaluate(request.gates, done.fidelity, size)
     held = gates.verdict(checked, strict=request.strict, fallbacks=fallbacks, warnings=warnings)
     return {

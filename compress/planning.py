@@ -85,12 +85,17 @@ class Plan(Subject, ABC):
         """Layout and config.json of the output, if they are not those of the source."""
         return None
 
-    def config(self, config: Mapping[str, Any], outside: Sequence[str]) -> dict[str, Any] | None:
+    def config(self, config: Mapping[str, Any], outside: Sequence[str], eager: bool) -> dict[str, Any] | None:
         """The output's config.json; None: byte for byte the source's.
 
-        config: the source's. outside: names of the linear modules that belong to no block, such as the head.
+        config: the source's. outside: names of the linear modules that belong to no block, such as the head. eager:
+        whether the model's own code looks at weights of linears while it is loaded.
         """
         return None if self.reshaped is None else self.reshaped[1]
+
+    def caveats(self, eager: bool) -> Sequence[str]:
+        """What to know about loading the output that only shows once the model is built."""
+        return ()
 
     def files(self) -> dict[str, bytes]:
         """Further files of the output by name."""

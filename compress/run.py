@@ -12,7 +12,7 @@ output's. They are one and the same object unless the plan says that the output 
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,7 +120,9 @@ def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> di
         job.progress.phase("verifying")
         with job.clock.phase("verify"):
             job.source.check_unchanged()
-        _write_files(job, done.outside)
+        for caveat in job.plan.caveats(done.eager):
+            job.progress.warn(caveat)
+        _write_files(job, done)
         report = describe(job, done)
         publish.write_file(job.folder / REPORTS[0], build.encode(report))
         publish.write_file(job.folder / REPORTS[1], markdown.render(report).encode())
@@ -196,7 +198,9 @@ def _attempt(job: Job, writer: CheckpointWriter, journal: Journal, batch: int) -
     with clock.phase("measure"):
         scores = engine.scores(streams)
     summary = fidelity.summarise(scores, str(DTYPES[plan.dtype]))
-    return Done(engine.records, engine.digests, summary, output.skeleton.outside())
+    stored = {spec.name for spec in plan.specs}
+    eager = output.skeleton.eager([linear.name for linear in plan.compressed if linear.weight not in stored])
+    return Done(engine.records, engine.digests, summary, output.skeleton.outside(), eager)
 
 
 def _load(job: Job) -> tuple[Model, Walk, dict[str, Tensor]]:
@@ -266,12 +270,12 @@ def _existing(plan: Plan, source: Checkpoint, texts: Texts) -> dict[str, Any]:
     return report
 
 
-def _write_files(job: Job, outside: Sequence[str]) -> None:
-    """config.json and everything else of the source that is no weight. outside: linears that belong to no block."""
+def _write_files(job: Job, done: Done) -> None:
+    """config.json and everything else of the source that is no weight."""
     plan, source = job.plan, job.source
     for name in source.files:
         publish.copy_file(source.folder / name, job.folder / name)
-    config = plan.config(source.config, outside)
+    config = plan.config(source.config, done.outside, done.eager)
     if config is None:
         publish.copy_file(source.folder / CONFIG, job.folder / CONFIG)
     else:

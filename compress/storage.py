@@ -79,13 +79,17 @@ class StoredPlan(Plan):
         """See Plan."""
         return f"linears {self.linear_bits:.2f} bits per weight"
 
-    def config(self, config: Mapping[str, Any], outside: Sequence[str]) -> dict[str, Any] | None:
+    def config(self, config: Mapping[str, Any], outside: Sequence[str], eager: bool) -> dict[str, Any] | None:
         """See Plan."""
         if not self.quantized:
             return None
         kept = dict.fromkeys(self.layout.gates)
-        added = self.format.config({**self.schemes, **kept}, self.base, outside)
+        added = self.format.config({**self.schemes, **kept}, self.base, outside, eager=eager)
         return None if added is None else {**config, **self.format.aliases(config), "quantization_config": added}
+
+    def caveats(self, eager: bool) -> Sequence[str]:
+        """See Plan."""
+        return self.format.caveats(self.schemes) if eager and self.quantized else ()
 
     def files(self) -> dict[str, bytes]:
         """See Plan."""

@@ -34,13 +34,17 @@ SLIDING = 16  # shorter, so that sliding windows matter
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of transformers. settings: of its configuration. blocks: where its models keep them."""
+    """A model type of transformers. settings: of its configuration. blocks: where its models keep them.
+
+    odd: what sets it apart from Llama, as docs/families.md says it.
+    """
 
     settings: Mapping[str, Any]
     blocks: str = "model.layers"
     dtype: torch.dtype = torch.bfloat16
     tied: bool = False
     sharded: bool = False
+    odd: str = ""
 
 
 _DECODER: dict[str, Any] = {
@@ -54,47 +58,118 @@ _DECODER: dict[str, Any] = {
 _LLAMA: dict[str, Any] = {**_DECODER, "head_dim": 32}
 _LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": SLIDING}
 _GEMMA: dict[str, Any] = {**_LLAMA, **_LAYERS, "query_pre_attn_scalar": 32}
+_HEADS: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+_GPT: dict[str, Any] = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}
+_DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
 FAMILIES: dict[str, Family] = {
     "llama": Family({**_LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}}),
-    "mistral": Family({**_LLAMA, "sliding_window": SLIDING}, dtype=torch.float32, sharded=True),
-    "qwen2": Family({**_DECODER, **_LAYERS, "use_sliding_window": True}, tied=True),
-    "qwen3": Family(_LLAMA, dtype=torch.float16, sharded=True),
-    "gemma2": Family(_GEMMA, tied=True),
-    "gemma3_text": Family(_GEMMA, tied=True, sharded=True),
-    "phi3": Family({**_DECODER, "pad_token_id": 0, "sliding_window": SLIDING}, dtype=torch.float32),
+    "mistral": Family({**_LLAMA, "sliding_window": SLIDING}, dtype=torch.float32, sharded=True, odd="sliding windows"),
+    "qwen2": Family(
+        {**_DECODER, **_LAYERS, "use_sliding_window": True}, tied=True, odd="biases, sliding windows in some blocks"
+    ),
+    "qwen3": Family(_LLAMA, dtype=torch.float16, sharded=True, odd="norms of queries and keys"),
+    "gemma2": Family(_GEMMA, tied=True, odd="sliding windows in some blocks, soft caps, scaled embeddings"),
+    "gemma3_text": Family(_GEMMA, tied=True, sharded=True, odd="two kinds of attention with their own positions"),
+    "phi3": Family(
+        {**_DECODER, "pad_token_id": 0, "sliding_window": SLIDING},
+        dtype=torch.float32,
+        odd="q, k, v in one matrix, gate and up in another",
+    ),
     "opt": Family(
-        {
-            "hidden_size": 128,
-            "word_embed_proj_dim": 128,
-            "ffn_dim": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 256,
-        },
+        {**_HEADS, "word_embed_proj_dim": 128, "ffn_dim": 256},
         "model.decoder.layers",
         torch.float16,
         tied=True,
+        odd="biases, learned positions",
     ),
-    "gpt2": Family(
-        {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256},
-        "transformer.h",
-        torch.float32,
-        tied=True,
-    ),
+    "gpt2": Family(_GPT, "transformer.h", torch.float32, tied=True, odd="Conv1D: weights stored as [input, output]"),
     "gpt_neox": Family(
-        {
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 256,
-        },
+        {**_HEADS, "intermediate_size": 256},
         "gpt_neox.layers",
         torch.float16,
+        odd="q, k, v in one matrix, head by head; the head has another name on disk",
     ),
-    # Not promised by name: its blocks return tuples, its head has a bias, and it has position encodings in no file.
-    "gptj": Family({"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 16}, "transformer.h"),
+    "gptj": Family(
+        {**_GPT, "rotary_dim": 16}, "transformer.h", odd="blocks return tuples, head with a bias, positions in no file"
+    ),
 }
+MORE: dict[str, Family] = {
+    "gemma": Family(_LLAMA, tied=True, odd="scaled embeddings"),
+    "phi": Family(_DECODER, odd="biases, rotary positions in a part of each head"),
+    "stablelm": Family(_DECODER, odd="rotary positions in a part of each head"),
+    "starcoder2": Family({**_DECODER, "sliding_window": SLIDING}, odd="biases, sliding windows"),
+    "olmo2": Family(_DECODER, odd="norms after attention and FFN"),
+    "olmo3": Family({**_DECODER, **_LAYERS}, odd="sliding windows in some blocks"),
+    "cohere": Family(_DECODER, tied=True, odd="attention and FFN side by side, scaled logits"),
+    "cohere2": Family(
+        {**_LLAMA, **_LAYERS}, tied=True, odd="sliding windows in some blocks, the others without positions"
+    ),
+    "granite": Family(
+        {**_DECODER, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 3.0},
+        odd="scaled embeddings, residuals and logits",
+    ),
+    "glm4": Family({**_LLAMA, "pad_token_id": 0}, odd="gate and up in one matrix, four norms per block"),
+    "smollm3": Family({**_DECODER, "pad_token_id": 0, "no_rope_layers": [1, 0]}, odd="some blocks without positions"),
+    "exaone4": Family({**_LLAMA, **_LAYERS}, odd="sliding windows in some blocks"),
+    "ernie4_5": Family(_LLAMA, odd="rotary positions in pairs of neighbours"),
+    "helium": Family(_LLAMA),
+    "nemotron": Family(_LLAMA, odd="FFN without a gate, norms with 1 + gain"),
+    "hunyuan_v1_dense": Family(_LLAMA, odd="norms of queries and keys"),
+    "falcon": Family(
+        {**_HEADS, "multi_query": True, "new_decoder_architecture": False},
+        "transformer.h",
+        odd="blocks return tuples, linears of a class of its own",
+    ),
+    "bloom": Family(
+        {"hidden_size": 128, "n_layer": 2, "n_head": 4},
+        "transformer.h",
+        tied=True,
+        odd="blocks return tuples, biases, ALiBi",
+    ),
+    "mpt": Family(
+        {"d_model": 128, "n_layers": 2, "n_heads": 4, "max_seq_len": 256, "expansion_ratio": 2},
+        "transformer.blocks",
+        tied=True,
+        odd="blocks return tuples, ALiBi",
+    ),
+    "codegen": Family(
+        {**_GPT, "rotary_dim": 16}, "transformer.h", torch.float32, odd="blocks return tuples, q, k, v interleaved"
+    ),
+    "gpt_bigcode": Family(_GPT, "transformer.h", tied=True, odd="one head of keys and values, biases"),
+    "lfm2": Family(
+        {**_DECODER, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        tied=True,
+        odd="convolutions instead of attention in some blocks",
+    ),
+    "qwen3_next": Family(
+        {**_LLAMA, **_DELTA, "num_experts": 0, "mlp_only_layers": [0, 1]}, odd="linear attention in most blocks"
+    ),
+    "qwen3_5_text": Family({**_LLAMA, **_DELTA}, odd="linear attention in most blocks"),
+    "falcon_h1": Family(
+        {
+            **_LLAMA,
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+        },
+        odd="a state space (Mamba 2) beside attention in every block",
+    ),
+}
+MATRIX = {**FAMILIES, **MORE}
+"""Every family on which whole runs are tested; FAMILIES are those that finer tests look at, too."""
 
 _EXPERTS = {"num_hidden_layers": 2, "intermediate_size": 128, "num_experts_per_tok": 2}
 MIXTURES: dict[str, Family] = {
@@ -144,7 +219,7 @@ def write(
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a random checkpoint with a tokenizer to `folder` and returns it; what is not given is the family's own."""
-    known = {**FAMILIES, **MIXTURES}[family]
+    known = {**MATRIX, **MIXTURES}[family]
     config = transformers.AutoConfig.for_model(
         family,
         **{
@@ -223,7 +298,9 @@ def float32_logits(model: nn.Module, ids: Tensor) -> Tensor:
     logits = hidden.float() @ head.weight.float().t()
     if head.bias is not None:
         logits += head.bias.float()
-    cap = model.config.to_dict().get("final_logit_softcapping")
+    config = model.config.to_dict()
+    cap = config.get("final_logit_softcapping")
+    logits = logits * config.get("logit_scale", 1.0) / config.get("logits_scaling", 1.0)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

@@ -54,12 +54,17 @@ class Format(Protocol):
         ...
 
     def config(
-        self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str]
+        self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str], *, eager: bool = False
     ) -> dict[str, Any] | None:
         """The quantization_config for config.json; None when an ordinary config describes the output.
 
-        outside: names of the linear modules that belong to no block, such as the head; they are dense.
+        outside: names of the linear modules that belong to no block, such as the head; they are dense. eager: the
+        model's own code looks at weights while it is loaded, and fails where they are still packed.
         """
+        ...
+
+    def caveats(self, schemes: Mapping[Linear, Scheme | None]) -> Sequence[str]:
+        """What to know about loading a model of that kind (eager)."""
         ...
 
     def aliases(self, config: Mapping[str, Any]) -> dict[str, Any]:

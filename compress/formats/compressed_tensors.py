@@ -90,7 +90,9 @@ class CompressedTensors:
             zero = unpack(packed, scheme.bits, linear.rows).t().float()
         return Solved(codes, scale, zero)
 
-    def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str], *, eager: bool = False
+    ) -> dict[str, Any]:
         """Groups of one scheme each: every Linear if there is only one, else by name.
 
         Beside names, "Linear" would not be what is left over: vLLM takes it first for the matrices that it fuses.
@@ -109,7 +111,16 @@ class CompressedTensors:
             "quantization_status": "compressed",
             "ignore": [*outside, *dense],
             "config_groups": {f"group_{i}": _group(*group) for i, group in enumerate(targets.items())},
+            # has transformers put every weight into place while it loads, by the first scheme: right if it is the only
+            **({"dequantize": True} if eager and len(used) == 1 else {}),
         }
+
+    def caveats(self, schemes: Mapping[Linear, Scheme | None]) -> Sequence[str]:
+        """Seen with transformers 5.17 and 5.23."""
+        why = "the model's own code looks at weights while it is loaded"
+        if len({scheme for scheme in schemes.values() if scheme is not None}) > 1:
+            return (f"{why}: transformers cannot load it with more than one scheme",)
+        return (f"{why}: config.json asks transformers to unpack them first, which 5.17 cannot do and 5.23 does",)
 
     def aliases(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """None: whoever loads this format knows the config as it is."""

@@ -51,9 +51,15 @@ class Dense:
         """There are no codes in a dense weight."""
         raise UsageError("the dense format keeps no codes", "use --format compressed-tensors or gptq")
 
-    def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str]) -> None:
+    def config(
+        self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str], *, eager: bool = False
+    ) -> None:
         """The model's own config describes it."""
         return
+
+    def caveats(self, schemes: Mapping[Linear, Scheme | None]) -> Sequence[str]:
+        """Nothing is packed."""
+        return ()
 
     def aliases(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """None: whoever loads this format knows the config as it is."""

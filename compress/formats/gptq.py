@@ -101,7 +101,9 @@ class Gptq:
             zero = zero + 1
         return Solved(codes, tensors[f"{linear.name}.scales"].float().t(), zero)
 
-    def config(self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self, schemes: Mapping[Linear, Scheme | None], base: Scheme, outside: Sequence[str], *, eager: bool = False
+    ) -> dict[str, Any]:
         """One scheme, and two ways of naming what stays dense, since no key is understood by every loader."""
         scheme = next((scheme for scheme in schemes.values() if scheme is not None), base)
         config: dict[str, Any] = {
@@ -122,6 +124,10 @@ class Gptq:
             config["modules_in_block_to_quantize"] = [[linear.name for linear in schemes if linear.name not in dense]]
             config["dynamic"] = {f"-:.*{re.escape(name)}$": {} for name in dense}
         return config
+
+    def caveats(self, schemes: Mapping[Linear, Scheme | None]) -> Sequence[str]:
+        """Only this loader of several initialises what it has packed."""
+        return ("the model's own code looks at weights while it is loaded: transformers cannot load it, GPTQModel can",)
 
     def aliases(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The names that loaders of transformers 4 know for settings that transformers 5 writes under others.

@@ -203,8 +203,10 @@ def _linears(
     fused: list[Header] = []
     for name in block:
         info = checkpoint.tensors[name]
+        if _is_convolution(info):
+            continue
         if len(info.shape) > 2 and not mixtures.fused(info):
-            raise _unsupported(architecture, f"{name} {list(info.shape)} is part of a convolution, not supported yet")
+            raise _unsupported(architecture, f"{name} {list(info.shape)} is neither a linear nor part of experts")
         if len(info.shape) == 3 or (len(info.shape) == 2 and name.endswith(".weight")):
             if info.dtype not in _FLOATS:
                 raise InputError(
@@ -232,6 +234,11 @@ def _fused_transposed(checkpoint: Source, info: Header) -> bool:
     """Whether experts are stored as [experts, input, output]: told by their biases [experts, output]."""
     bias = checkpoint.tensors.get(f"{info.name.removesuffix('.weight')}_bias")
     return bias is not None and bias.shape == (info.shape[0], info.shape[2])
+
+
+def _is_convolution(info: Header) -> bool:
+    """Whether it is a filter [channels, 1, length] over time, one per channel: few weights, which stay dense."""
+    return len(info.shape) == 3 and info.shape[1] == 1
 
 
 def _stored_transposed(checkpoint: Source, weights: list[Header]) -> bool:

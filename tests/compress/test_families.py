@@ -1,6 +1,7 @@
 """Whole runs on every family: what is written, what loads it, and whether the report tells the truth about it."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from llmpare.compress.errors import InputError
 from llmpare.compress.model.layout import Linear
 from llmpare.compress.plan import plan_quantize
 from llmpare.compress.progress import Silent
+from llmpare.compress.report import html
 from llmpare.compress.request import LayerRule, QuantizeRequest, Scheme
 from llmpare.compress.run import run_quantize
 
@@ -48,6 +50,14 @@ class Run:
         for path in sorted((folder or self.out).glob("*.safetensors")):
             found.update(load_file(path))
         return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_page() -> Iterator[None]:
+    """The page takes longer than the run; tests/compress/report look at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "render", lambda report: "")
+        yield
 
 
 def run(model: Path, form: str, **changes: Any) -> Run:

@@ -12,8 +12,6 @@ from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -227,7 +225,7 @@ def test_structures_that_do_not_fit_are_refused_by_name(kind: str, tmp_path: Pat
     model = AutoModelForCausalLM.from_config(config)
     message = refusal(InputError, save(model, tmp_path))
     assert message.startswith(f"architecture {type(model).__name__} is not supported: model.layers.0.")
-    assert "is part of a mixture of experts or a convolution" in message
+    assert "is part of a mixture of experts" in message
     assert message.endswith(f"supported: {SUPPORTED}")
 
 
@@ -235,9 +233,6 @@ def test_other_kinds_of_models_are_refused_by_name(llama: Path, tmp_path: Path) 
     t5 = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     message = refusal(InputError, save(T5ForConditionalGeneration(t5), tmp_path / "t5"))
     assert message.startswith("architecture T5ForConditionalGeneration is not supported: it is an encoder-decoder")
-    mamba = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)
-    message = refusal(InputError, save(MambaForCausalLM(mamba), tmp_path / "mamba"))
-    assert message.startswith("architecture MambaForCausalLM is not supported: backbone.layers.0.mixer.conv1d.weight")
     seeing = write(tmp_path / "seeing", "llama")
     edit(seeing, architectures=["Qwen3VLForConditionalGeneration"], vision_config={"depth": 2})
     message = refusal(InputError, seeing)

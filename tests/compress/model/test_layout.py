@@ -151,8 +151,8 @@ def test_configs_that_are_refused(config: dict[str, Any], said: str, tmp_path: P
             "mlp.experts.up [4, 64, 32] is part of a mixture of experts, and config.json has none",
         ),
         (
-            {**blocks(0, 1), "model.layers.1.conv.weight": (64, 1, 4)},
-            "model.layers.1.conv.weight [64, 1, 4] is part of",
+            {**blocks(0, 1), "model.layers.1.input_linear.weight": (4, 64, 32)},
+            "model.layers.1.input_linear.weight [4, 64, 32] is part of",
         ),
     ],
 )
@@ -175,9 +175,11 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     assert "T5ForConditionalGeneration is not supported: it is an encoder-decoder" in refusal(tmp_path)
 
 
-def test_a_state_space_model_is_refused(tmp_path: Path) -> None:
+def test_convolutions_are_no_linears(tmp_path: Path) -> None:
     save(MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)), tmp_path)
-    assert "MambaForCausalLM is not supported: backbone.layers.0.mixer.conv1d" in refusal(tmp_path)
+    found = of(tmp_path)
+    assert {linear.name.rpartition(".")[2] for linear in found.linears} == {"in_proj", "x_proj", "dt_proj", "out_proj"}
+    assert "backbone.layers.0.mixer.conv1d.weight" in found.blocks[0]
 
 
 @pytest.mark.parametrize(

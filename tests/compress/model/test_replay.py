@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, SLIDING, float32_logits, load, read, skeleton, tokens, write
+from families import FAMILIES, MATRIX, SLIDING, float32_logits, load, read, skeleton, tokens, write
 from torch import Tensor, nn
 
 from llmpare.compress.checkpoint.read import Checkpoint
@@ -16,7 +16,7 @@ from llmpare.compress.model.skeleton import Skeleton
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VARIANTS: dict[str, dict[str, Any]] = {
-    **{name: {"family": name} for name in FAMILIES},
+    **{name: {"family": name} for name in MATRIX},
     **{f"{name}, tied the other way": {"family": name, "tied": not f.tied} for name, f in FAMILIES.items()},
     **{
         f"llama, {precision}, {'sharded' if sharded else 'one file'}": {
@@ -80,7 +80,7 @@ def test_block_by_block_is_the_whole_model(variant: str, tmp_path: Path) -> None
     """To the last bit, hidden states; logits up to the rounding of the head, whose product is kept in float32."""
     folder, ids = write(tmp_path, **VARIANTS[variant]), tokens()
     reference = load(folder)
-    expected = states(reference, FAMILIES[VARIANTS[variant]["family"]].blocks, ids)
+    expected = states(reference, MATRIX[VARIANTS[variant]["family"]].blocks, ids)
     with streaming(folder) as (replay, made, checkpoint):
         found = streamed(replay, made, checkpoint, ids)
         assert len(found) == len(expected) == 3

@@ -1,0 +1,50 @@
+"""docs/families.md, written from the families that are tested: `python tests/families_page.py > docs/families.md`."""
+
+from families import MATRIX
+
+PAGE = """# Model families
+
+llmpare has no list of models: blocks, linears and what flows into them are found by looking at the checkpoint and at
+the model that transformers builds from it. These are the families on which the tests show, with random models in one
+file and in several, that
+
+- running block by block gives the hidden states of the model's own forward, bit for bit;
+- W4A16 by GPTQ and W8A16 by rounding compress every linear of every block;
+- plain transformers loads the result, with logits equal to those of the model that was measured, bit for bit.
+
+| `model_type` | what sets it apart | formats |
+|---|---|---|
+{families}
+
+Embeddings, norms, heads, convolutions and extra prediction heads stay as they are, byte for byte.
+
+The own code of some families (Falcon, GPT-BigCode) looks at weights while it is loaded. For these
+compressed-tensors needs transformers 5.23: `config.json` then says `"dequantize": true`, and the report says so.
+
+## Refused, by name and before any work
+
+| what | why |
+|---|---|
+{refused}
+"""
+
+REFUSED = {
+    "encoder-decoders: T5, BART, Whisper": "their decoders also read what an encoder puts out",
+    "Gemma 3n": "its blocks take arguments that depend on the tokens",
+    "RecurrentGemma, Zamba 2": "their blocks hold matrices that belong to no linear",
+    "Mamba": "a matrix of its blocks is multiplied outside of its linear; `--ignore dt_proj` leaves that dense",
+}
+
+
+def page() -> str:
+    """The page as it must be."""
+    families = (
+        f"| `{name}` | {family.odd or 'nothing'} | {'gptq, dense' if name == 'gpt2' else 'all'} |"
+        for name, family in sorted(MATRIX.items())
+    )
+    refused = (f"| {what} | {why} |" for what, why in REFUSED.items())
+    return PAGE.format(families="\n".join(families), refused="\n".join(refused))
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -223,7 +223,7 @@ class Pass:
 
     def _source_digest(self, names: Iterable[str]) -> str:
         """One digest for the source bytes of several tensors."""
-        text = "".join(f"{name} {self._source.digests[name]}\n" for name in names)
+        text = "".join(f"{name} {self._source.digest(name)}\n" for name in names)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _check_journal(self) -> None:

@@ -68,6 +68,7 @@ def describe(job: Job, done: Done) -> dict[str, Any]:
         "source": {
             "model": request.model,
             "architecture": plan.layout.architecture,
+            "scheme": plan.source_scheme,
             "config_sha256": config_digest(job.source),
             "weights_sha256": weights_digest(job.source),
             "bytes": plan.source_bytes,

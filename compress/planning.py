@@ -16,10 +16,11 @@ from typing import Any
 from llmpare.compress import memory
 from llmpare.compress.calibration import DEFAULT_SEQLEN
 from llmpare.compress.checkpoint import locate
-from llmpare.compress.checkpoint.read import Checkpoint
+from llmpare.compress.checkpoint.read import DENSE, Checkpoint
 from llmpare.compress.checkpoint.write import TensorSpec
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.estimate import Needs
+from llmpare.compress.formats.source import open_source
 from llmpare.compress.model.layout import Layout, Linear, find, layout
 from llmpare.compress.request import RunRequest
 
@@ -36,6 +37,7 @@ class Subject:
     vocabulary: int
     parameters: int
     source_bytes: int
+    source_scheme: str  # how the weights are stored
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Plan(Subject, ABC):
             "blocks": len(self.layout.blocks),
             "tensors": [dict(zip(("name", "shape", "dtype", "fate"), fate, strict=True)) for fate in self._fates()],
             "source_bytes": self.source_bytes,
+            "source_scheme": self.source_scheme,
             "output_bytes": self.output_bytes,
             "memory_bytes": self.needs.memory,
             "disk_bytes": self.output_bytes,
@@ -146,6 +149,8 @@ class Plan(Subject, ABC):
         lines = [f"{self.layout.architecture}, {len(self.layout.blocks)} blocks, {self.parameters:,} parameters", ""]
         for (name, shape, dtype, fate), count in seen.items():
             lines.append(f"{count:5} × {name:{width}}  {shape:16} {dtype:5} → {fate}")
+        if self.source_scheme != DENSE:
+            lines += ["", f"source   {self.source_scheme}: decoded tensor by tensor when read, and compressed anew"]
         lines += [
             "",
             f"output   {memory.show(self.output_bytes)} from {memory.show(self.source_bytes)}"
@@ -156,7 +161,7 @@ class Plan(Subject, ABC):
         return lines + [f"note     {warning}" for warning in self.warnings]
 
     def _fates(self) -> Iterator[tuple[str, list[int], str, str]]:
-        with Checkpoint.open(self.model) as checkpoint:
+        with open_source(self.model) as checkpoint:
             tensors = checkpoint.tensors
         for name in (*self.layout.outside, *(name for block in self.layout.blocks for name in block)):
             yield name, list(tensors[name].shape), tensors[name].dtype, self.fate(name)
@@ -167,7 +172,7 @@ def opened(request: RunRequest) -> Iterator[tuple[Checkpoint, Subject]]:
     """The model of a request, open, and what its headers say. Raises for a model that no command can take."""
     model = locate.resolve(request.model, revision=request.revision)
     _refuse_nested(model, request.out)
-    with Checkpoint.open(model) as checkpoint:
+    with open_source(model) as checkpoint:
         config = checkpoint.config
         _refuse_custom_code(config, request.trust_remote_code)
         found = layout(checkpoint)
@@ -182,7 +187,8 @@ def opened(request: RunRequest) -> Iterator[tuple[Checkpoint, Subject]]:
                 longest=longest,
                 vocabulary=find(config, "vocab_size", default=0),
                 parameters=sum(info.numel for info in checkpoint.tensors.values()),
-                source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+                source_bytes=checkpoint.weight_bytes,
+                source_scheme=checkpoint.scheme,
             ),
         )
 

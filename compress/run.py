@@ -24,7 +24,7 @@ from torch import Tensor
 from llmpare.compress import devices, memory
 from llmpare.compress.checkpoint import publish
 from llmpare.compress.checkpoint.journal import Journal
-from llmpare.compress.checkpoint.read import CONFIG, Checkpoint
+from llmpare.compress.checkpoint.read import CONFIG, DENSE, Checkpoint
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.checkpoint.write import CheckpointWriter
 from llmpare.compress.clock import Clock
@@ -33,6 +33,7 @@ from llmpare.compress.engine import OUTSIDE, Pass, Streams
 from llmpare.compress.errors import InputError, MemoryLimitError
 from llmpare.compress.estimate import batch_tokens
 from llmpare.compress.evaluate import fidelity
+from llmpare.compress.formats.source import open_source
 from llmpare.compress.model.models import Model, Models, Sketch
 from llmpare.compress.model.replay import Replay
 from llmpare.compress.model.skeleton import Skeleton
@@ -86,7 +87,7 @@ def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, 
         texts = read_texts(plan)
     for warning in (*plan.warnings, *texts.warnings()):
         progress.warn(warning)
-    with Checkpoint.open(plan.model) as source:
+    with open_source(plan.model) as source:
         spec = _spec(plan, source, texts)
         if publish.finished(request.out, spec):
             progress.phase("verifying")
@@ -276,6 +277,8 @@ def _write_files(job: Job, done: Done) -> None:
     for name in source.files:
         publish.copy_file(source.folder / name, job.folder / name)
     config = plan.config(source.config, done.outside, done.eager)
+    if config is None and source.scheme != DENSE:
+        config = source.config
     if config is None:
         publish.copy_file(source.folder / CONFIG, job.folder / CONFIG)
     else:

@@ -300,7 +300,7 @@ def float32_logits(model: nn.Module, ids: Tensor) -> Tensor:
         logits += head.bias.float()
     config = model.config.to_dict()
     cap = config.get("final_logit_softcapping")
-    logits = logits * config.get("logit_scale", 1.0) / config.get("logits_scaling", 1.0)
+    logits = logits * (config.get("logit_scale") or 1.0) / config.get("logits_scaling", 1.0)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

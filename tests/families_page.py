@@ -21,6 +21,9 @@ Embeddings, norms, heads, convolutions and extra prediction heads stay as they a
 The own code of some families (Falcon, GPT-BigCode) looks at weights while it is loaded. For these
 compressed-tensors needs transformers 5.23: `config.json` then says `"dequantize": true`, and the report says so.
 
+Models published in FP8, as DeepSeek's blocks or by compressed-tensors, or in MXFP4 are decoded tensor by tensor when
+they are read, and compressed anew; so that the output has one precision, what stays dense is stored decoded, too.
+
 ## Refused, by name and before any work
 
 | what | why |
@@ -29,6 +32,7 @@ compressed-tensors needs transformers 5.23: `config.json` then says `"dequantize
 """
 
 REFUSED = {
+    "models already quantized to integers: GPTQ, AWQ, W4A16": "a second rounding would hide what the first one lost",
     "encoder-decoders: T5, BART, Whisper": "their decoders also read what an encoder puts out",
     "Gemma 3n": "its blocks take arguments that depend on the tokens",
     "RecurrentGemma, Zamba 2": "their blocks hold matrices that belong to no linear",

@@ -18,9 +18,10 @@ from llmpare.compress.checkpoint.files import open_regular, read_at, read_json, 
 from llmpare.compress.checkpoint.header import TensorInfo, is_unicode, read_header
 from llmpare.compress.errors import InputError, UsageError
 
-__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "TensorInfo"]
+__all__ = ["CONFIG", "DENSE", "INDEX", "SINGLE", "Checkpoint", "TensorInfo"]
 
 CONFIG = "config.json"
+DENSE = "dense"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_CONFIG = 8_000_000  # bytes
@@ -104,6 +105,20 @@ class Checkpoint:
         if self.digests.setdefault(name, digest) != digest:
             raise InputError(f"{shown(shard.path)}: tensor {shown(name)} changed while it was in use", _LEAVE_ALONE)
         return data
+
+    @property
+    def scheme(self) -> str:
+        """How the weights are stored."""
+        return DENSE
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def digest(self, name: str) -> str:
+        """The sha256 of a tensor that was read, as it is on disk."""
+        return self.digests[name]
 
     def check_unchanged(self) -> None:
         """Raises InputError when a shard is no longer the file that was opened: size, time or inode differ."""

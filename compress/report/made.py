@@ -168,5 +168,6 @@ def environment(report: Section) -> list[str]:
     rows += [
         ("architecture", code(source["architecture"])),
         ("source weights", code(source["weights_sha256"][:16])),
+        ("stored as", code(source["scheme"])),
     ]
     return ["## Environment", "", *table(("", ""), rows)]

@@ -10,7 +10,7 @@ from typing import Any
 from llmpare.compress.checkpoint.files import clipped
 from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.errors import InputError
-from llmpare.compress.formats.reading import awq, compressed_tensors, fp8, gptq
+from llmpare.compress.formats.reading import awq, compressed_tensors, fp8, gptq, mxfp4
 from llmpare.compress.formats.reading.packed import Leaves, Packed, modules
 
 Reader = Callable[[Checkpoint, Mapping[str, Leaves], Mapping[str, Any]], list[Packed]]
@@ -20,6 +20,7 @@ READERS: dict[str, Reader] = {
     "gptq": gptq.find,
     "awq": awq.find,
     "fp8": fp8.find,
+    "mxfp4": mxfp4.find,
 }
 CONFIGS = ("quantization_config", "compression_config")  # the latter as compressed-tensors first called it
 _TELLTALE = ("weight_packed", "qweight", "bitmask", "weight_scale", "weight_scale_inv")

@@ -42,7 +42,7 @@ class Packed(ABC):
         return f"{self.name}.weight"
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Of the dense weight, as the model keeps it."""
         return (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
 

@@ -147,7 +147,11 @@ def _check_experts(schemes: Mapping[Linear, Scheme | None]) -> None:
     """
     experts = {linear: scheme for linear, scheme in schemes.items() if linear.expert is not None}
     used = set(experts.values())
-    if not any(schemes.values()) or not used or (used == {None} and all(linear.tensor != linear.weight for linear in experts)):
+    if (
+        not any(schemes.values())
+        or not used
+        or (used == {None} and all(linear.tensor != linear.weight for linear in experts))
+    ):
         return
     some = next(iter(experts))
     if some.tensor != some.weight:

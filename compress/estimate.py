@@ -15,7 +15,7 @@ from llmpare.compress import memory, quantize
 from llmpare.compress.calibration import DEFAULT_WINDOWS
 from llmpare.compress.checkpoint.header import tensor_bytes
 from llmpare.compress.checkpoint.read import Checkpoint
-from llmpare.compress.model.layout import Layout, Linear, find
+from llmpare.compress.model.layout import Layout, Linear, decoder_config, find
 from llmpare.compress.request import NO_TEXT, QuantizeRequest, RunRequest, Scheme
 
 PROCESS = 480 * 2**20  # an interpreter with torch and transformers imported
@@ -138,15 +138,21 @@ def needs_of(
     """What a run takes that treats blocks in this way. dtype: of the forward passes. seqlen: tokens per window."""
     size = tensor_bytes(dtype, (1,))
     tensors = checkpoint.tensors
-    hidden = find(checkpoint.config, "hidden_size", "n_embd", "d_model", default=min(n.columns for n in layout.linears))
-    vocabulary = find(checkpoint.config, "vocab_size", default=0)
+    hidden = find(
+        decoder_config(checkpoint.config),
+        "hidden_size",
+        "n_embd",
+        "d_model",
+        default=min(n.columns for n in layout.linears),
+    )
+    vocabulary = find(decoder_config(checkpoint.config), "vocab_size", default=0)
     outside = sum(tensors[name].nbytes + tensors[name].numel * size for name in layout.outside)
     blocks = [sum(tensors[name].nbytes for name in block) for block in layout.blocks]
     of_block = [layout.of_block(index) for index in range(len(blocks))]
     stacks = [_stacks(linears) for linears in of_block]
     plain = [[linear for linear in linears if linear.expert is None] for linears in of_block]
     experts = [[linear for linear in linears if linear.expert is not None] for linears in of_block]
-    routed = find(checkpoint.config, "num_experts_per_tok", "num_experts_per_token", default=1)
+    routed = find(decoder_config(checkpoint.config), "num_experts_per_tok", "num_experts_per_token", default=1)
     columns = max(_waiting(linears, routed, hidden) for linears in of_block)
     text = request.calibration.dataset != NO_TEXT
     windows = (request.calibration.nsamples or DEFAULT_WINDOWS["calibration"]) if text else 0

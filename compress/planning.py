@@ -21,7 +21,7 @@ from llmpare.compress.checkpoint.write import TensorSpec
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.estimate import Needs
 from llmpare.compress.formats.source import open_source
-from llmpare.compress.model.layout import Layout, Linear, find, layout
+from llmpare.compress.model.layout import Layout, Linear, decoder_config, find, layout
 from llmpare.compress.request import RunRequest
 
 
@@ -176,7 +176,7 @@ def opened(request: RunRequest) -> Iterator[tuple[Checkpoint, Subject]]:
         config = checkpoint.config
         _refuse_custom_code(config, request.trust_remote_code)
         found = layout(checkpoint)
-        longest = find(config, "max_position_embeddings", "n_positions", default=DEFAULT_SEQLEN)
+        longest = find(decoder_config(config), "max_position_embeddings", "n_positions", default=DEFAULT_SEQLEN)
         yield (
             checkpoint,
             Subject(
@@ -185,7 +185,7 @@ def opened(request: RunRequest) -> Iterator[tuple[Checkpoint, Subject]]:
                 dtype=_dtype(request.dtype, checkpoint, found),
                 seqlen=request.calibration.seqlen or min(DEFAULT_SEQLEN, longest),
                 longest=longest,
-                vocabulary=find(config, "vocab_size", default=0),
+                vocabulary=find(decoder_config(config), "vocab_size", default=0),
                 parameters=sum(info.numel for info in checkpoint.tensors.values()),
                 source_bytes=checkpoint.weight_bytes,
                 source_scheme=checkpoint.scheme,

@@ -200,7 +200,8 @@ def _attempt(job: Job, writer: CheckpointWriter, journal: Journal, batch: int) -
         scores = engine.scores(streams)
     summary = fidelity.summarise(scores, str(DTYPES[plan.dtype]))
     stored = {spec.name for spec in plan.specs}
-    eager = output.skeleton.eager([linear.name for linear in plan.compressed if linear.weight not in stored])
+    packed = [n.name for n in plan.compressed if n.weight not in stored and n.expert is None]
+    eager = output.skeleton.eager(packed)
     return Done(engine.records, engine.digests, summary, output.skeleton.outside(), eager)
 
 

@@ -10,7 +10,7 @@ from llmpare.compress.checkpoint.header import tensor_bytes
 from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.checkpoint.write import TensorSpec
 from llmpare.compress.errors import InputError
-from llmpare.compress.model.layout import Layout, Linear
+from llmpare.compress.model.layout import Layout, Linear, sees
 from llmpare.compress.planning import Plan
 from llmpare.compress.request import GROUP_SIZES, PER_CHANNEL, Scheme
 
@@ -108,6 +108,11 @@ class StoredPlan(Plan):
 
 def stored_specs(checkpoint: Checkpoint, found: Layout, schemes: Schemes, form: formats.Format) -> Iterator[TensorSpec]:
     """The tensors of the output. Raises InputError for schemes that cannot be stored, or not so that servers load."""
+    if sees(checkpoint.config) and not form.beside_vision and any(schemes.values()):
+        raise InputError(
+            f"architecture {found.architecture} also sees, and loaders do not know this format beside a vision tower",
+            "use --format compressed-tensors",
+        )
     _refuse_divided(schemes)
     _refuse_odd_groups(schemes)
     form.check(schemes)

@@ -55,9 +55,9 @@ _DECODER: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-_LLAMA: dict[str, Any] = {**_DECODER, "head_dim": 32}
+LLAMA: dict[str, Any] = {**_DECODER, "head_dim": 32}
 _LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": SLIDING}
-_GEMMA: dict[str, Any] = {**_LLAMA, **_LAYERS, "query_pre_attn_scalar": 32}
+_GEMMA: dict[str, Any] = {**LLAMA, **_LAYERS, "query_pre_attn_scalar": 32}
 _HEADS: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 2,
@@ -73,12 +73,12 @@ _DELTA: dict[str, Any] = {
     "linear_value_head_dim": 32,
 }
 FAMILIES: dict[str, Family] = {
-    "llama": Family({**_LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}}),
-    "mistral": Family({**_LLAMA, "sliding_window": SLIDING}, dtype=torch.float32, sharded=True, odd="sliding windows"),
+    "llama": Family({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}}),
+    "mistral": Family({**LLAMA, "sliding_window": SLIDING}, dtype=torch.float32, sharded=True, odd="sliding windows"),
     "qwen2": Family(
         {**_DECODER, **_LAYERS, "use_sliding_window": True}, tied=True, odd="biases, sliding windows in some blocks"
     ),
-    "qwen3": Family(_LLAMA, dtype=torch.float16, sharded=True, odd="norms of queries and keys"),
+    "qwen3": Family(LLAMA, dtype=torch.float16, sharded=True, odd="norms of queries and keys"),
     "gemma2": Family(_GEMMA, tied=True, odd="sliding windows in some blocks, soft caps, scaled embeddings"),
     "gemma3_text": Family(_GEMMA, tied=True, sharded=True, odd="two kinds of attention with their own positions"),
     "phi3": Family(
@@ -105,7 +105,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 MORE: dict[str, Family] = {
-    "gemma": Family(_LLAMA, tied=True, odd="scaled embeddings"),
+    "gemma": Family(LLAMA, tied=True, odd="scaled embeddings"),
     "phi": Family(_DECODER, odd="biases, rotary positions in a part of each head"),
     "stablelm": Family(_DECODER, odd="rotary positions in a part of each head"),
     "starcoder2": Family({**_DECODER, "sliding_window": SLIDING}, odd="biases, sliding windows"),
@@ -113,19 +113,19 @@ MORE: dict[str, Family] = {
     "olmo3": Family({**_DECODER, **_LAYERS}, odd="sliding windows in some blocks"),
     "cohere": Family(_DECODER, tied=True, odd="attention and FFN side by side, scaled logits"),
     "cohere2": Family(
-        {**_LLAMA, **_LAYERS}, tied=True, odd="sliding windows in some blocks, the others without positions"
+        {**LLAMA, **_LAYERS}, tied=True, odd="sliding windows in some blocks, the others without positions"
     ),
     "granite": Family(
         {**_DECODER, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 3.0},
         odd="scaled embeddings, residuals and logits",
     ),
-    "glm4": Family({**_LLAMA, "pad_token_id": 0}, odd="gate and up in one matrix, four norms per block"),
+    "glm4": Family({**LLAMA, "pad_token_id": 0}, odd="gate and up in one matrix, four norms per block"),
     "smollm3": Family({**_DECODER, "pad_token_id": 0, "no_rope_layers": [1, 0]}, odd="some blocks without positions"),
-    "exaone4": Family({**_LLAMA, **_LAYERS}, odd="sliding windows in some blocks"),
-    "ernie4_5": Family(_LLAMA, odd="rotary positions in pairs of neighbours"),
-    "helium": Family(_LLAMA),
-    "nemotron": Family(_LLAMA, odd="FFN without a gate, norms with 1 + gain"),
-    "hunyuan_v1_dense": Family(_LLAMA, odd="norms of queries and keys"),
+    "exaone4": Family({**LLAMA, **_LAYERS}, odd="sliding windows in some blocks"),
+    "ernie4_5": Family(LLAMA, odd="rotary positions in pairs of neighbours"),
+    "helium": Family(LLAMA),
+    "nemotron": Family(LLAMA, odd="FFN without a gate, norms with 1 + gain"),
+    "hunyuan_v1_dense": Family(LLAMA, odd="norms of queries and keys"),
     "falcon": Family(
         {**_HEADS, "multi_query": True, "new_decoder_architecture": False},
         "transformer.h",
@@ -153,12 +153,12 @@ MORE: dict[str, Family] = {
         odd="convolutions instead of attention in some blocks",
     ),
     "qwen3_next": Family(
-        {**_LLAMA, **_DELTA, "num_experts": 0, "mlp_only_layers": [0, 1]}, odd="linear attention in most blocks"
+        {**LLAMA, **_DELTA, "num_experts": 0, "mlp_only_layers": [0, 1]}, odd="linear attention in most blocks"
     ),
-    "qwen3_5_text": Family({**_LLAMA, **_DELTA}, odd="linear attention in most blocks"),
+    "qwen3_5_text": Family({**LLAMA, **_DELTA}, odd="linear attention in most blocks"),
     "falcon_h1": Family(
         {
-            **_LLAMA,
+            **LLAMA,
             "mamba_d_ssm": 128,
             "mamba_n_heads": 4,
             "mamba_d_head": 32,
@@ -184,7 +184,7 @@ MIXTURES: dict[str, Family] = {
         },
         sharded=True,
     ),
-    "qwen3_moe": Family({**_LLAMA, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 128}, sharded=True),
+    "qwen3_moe": Family({**LLAMA, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 128}, sharded=True),
     "olmoe": Family({**_DECODER, **_EXPERTS, "num_experts": 8}, dtype=torch.float32),
     "granitemoe": Family({**_DECODER, **_EXPERTS, "num_local_experts": 4}, tied=True),
     "deepseek_v3": Family(
@@ -205,7 +205,7 @@ MIXTURES: dict[str, Family] = {
             "v_head_dim": 32,
         }
     ),
-    "gpt_oss": Family({**_LLAMA, **_EXPERTS, "num_local_experts": 4, "sliding_window": SLIDING}),
+    "gpt_oss": Family({**LLAMA, **_EXPERTS, "num_local_experts": 4, "sliding_window": SLIDING}),
 }
 
 
@@ -237,7 +237,11 @@ def write(
 
 def random_model(config: transformers.PretrainedConfig) -> nn.Module:
     """A causal language model whose parameters are all random, in float32."""
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return fill(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """The model with random parameters."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

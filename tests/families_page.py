@@ -1,6 +1,7 @@
 """docs/families.md, written from the families that are tested: `python tests/families_page.py > docs/families.md`."""
 
 from families import MATRIX
+from seeing import SEEING
 
 PAGE = """# Model families
 
@@ -21,6 +22,15 @@ Embeddings, norms, heads, convolutions and extra prediction heads stay as they a
 The own code of some families (Falcon, GPT-BigCode) looks at weights while it is loaded. For these
 compressed-tensors needs transformers 5.23: `config.json` then says `"dequantize": true`, and the report says so.
 
+## Models that also look at images
+
+{seeing}: the decoder is compressed, calibrated and measured on text; vision tower, projector and the
+files of processors reach the output byte for byte, and `AutoModelForImageTextToText` loads the whole, with the image
+features of the original. `quantization_config` names every linear outside the decoder as dense. `--format gptq` and
+pruning of shapes are refused.
+
+## Models published in low precision
+
 Models published in FP8, as DeepSeek's blocks or by compressed-tensors, or in MXFP4 are decoded tensor by tensor when
 they are read, and compressed anew; so that the output has one precision, what stays dense is stored decoded, too.
 
@@ -32,6 +42,7 @@ they are read, and compressed anew; so that the output has one precision, what s
 """
 
 REFUSED = {
+    "models that hear: an `audio_config`": "not built yet",
     "models already quantized to integers: GPTQ, AWQ, W4A16": "a second rounding would hide what the first one lost",
     "encoder-decoders: T5, BART, Whisper": "their decoders also read what an encoder puts out",
     "Gemma 3n": "its blocks take arguments that depend on the tokens",
@@ -47,7 +58,8 @@ def page() -> str:
         for name, family in sorted(MATRIX.items())
     )
     refused = (f"| {what} | {why} |" for what, why in REFUSED.items())
-    return PAGE.format(families="\n".join(families), refused="\n".join(refused))
+    seeing = ", ".join(f"`{name}`" for name in SEEING)
+    return PAGE.format(seeing=seeing, families="\n".join(families), refused="\n".join(refused))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def report() -> dict[str, Any]:
         "source": {
             "model": "examples/tiny-llama",
             "architecture": "LlamaForCausalLM",
+            "scheme": "dense",
             "config_sha256": "b" * 64,
             "weights_sha256": "c" * 64,
             "bytes": 11_541_504,

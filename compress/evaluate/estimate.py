@@ -8,7 +8,7 @@ from llmpare.compress.checkpoint.header import tensor_bytes
 from llmpare.compress.errors import MemoryLimitError, UnsupportedError
 from llmpare.compress.estimate import PROCESS, batch_tokens, logit_tokens
 from llmpare.compress.evaluate.models import Subject
-from llmpare.compress.model.layout import find, layout
+from llmpare.compress.model.layout import decoder_config, find, layout
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def _one(subject: Subject, size: int, device: str, seqlen: int) -> tuple[int, in
     try:
         found = layout(source)
     except UnsupportedError:
-        hidden = int(find(source.config, "hidden_size", "n_embd", "d_model", default=4096))
+        hidden = int(find(decoder_config(source.config), "hidden_size", "n_embd", "d_model", default=4096))
         return source.parameters * size, batch_tokens(device) * 16 * hidden * size, hidden
     narrow = min(linear.columns for linear in found.linears)
-    hidden = int(find(source.config, "hidden_size", "n_embd", "d_model", default=narrow))
+    hidden = int(find(decoder_config(source.config), "hidden_size", "n_embd", "d_model", default=narrow))
     outside = sum(infos[name].numel * size for name in found.outside)
     block = max(sum(infos[name].numel for name in names) for names in found.blocks)
     rows = max(sum(linear.rows for linear in found.of_block(index)) for index in range(len(found.blocks)))

@@ -14,7 +14,7 @@ from llmpare.compress.checkpoint.files import shown
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.evaluate.request import EvaluateRequest
 from llmpare.compress.formats.decoded import DenseSource, open_dense
-from llmpare.compress.model.layout import find
+from llmpare.compress.model.layout import decoder_config, find
 from llmpare.compress.tokenizer import load_tokenizer, tokenizer_files
 
 
@@ -63,9 +63,7 @@ class Subject:
         }
 
     def _setting(self, *names: str, default: int) -> Any:
-        """Models of more than text keep the settings of their decoder in a section of its own."""
-        config = self.source.config
-        return find(config, *names, default=find(config.get("text_config") or {}, *names, default=default))
+        return find(decoder_config(self.source.config), *names, default=default)
 
 
 def digest(source: DenseSource) -> str:

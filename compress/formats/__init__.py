@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class Format(Protocol):
     """What the engine and the plan ask of a format. Schemes map linears by name; None is a linear that stays dense."""
 
+    beside_vision: bool  # whether loaders know it for the decoder of a model that also sees
+
     def scale_dtype(self, linear: Linear) -> str:
         """The precision scales are stored in, as safetensors spells it."""
         ...

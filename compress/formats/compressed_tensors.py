@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class CompressedTensors:
     """See the protocol in llmpare.compress.formats."""
 
+    beside_vision = True
+
     def scale_dtype(self, linear: Linear) -> str:
         """The model's own: loaders cast scales to it, and a cast after rounding would move every weight."""
         return linear.dtype

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class Dense:
     """See the protocol in llmpare.compress.formats."""
 
+    beside_vision = True
+
     def scale_dtype(self, linear: Linear) -> str:
         """As a packed checkpoint of this model would hold them."""
         return linear.dtype

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class Gptq:
     """See the protocol in llmpare.compress.formats."""
 
+    beside_vision = False
+
     def scale_dtype(self, linear: Linear) -> str:
         """Every loader of this format holds scales in half precision."""
         return "F16"

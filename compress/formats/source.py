@@ -4,6 +4,7 @@ for, decoded a tensor at a time; one that was made smaller after the fact, by in
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,11 @@ class LowPrecision(Checkpoint):
 
 def open_source(folder: Path) -> Checkpoint:
     """Opens the checkpoint in `folder`; see Checkpoint.open. Raises InputError for broken FP8 and MXFP4."""
-    checkpoint = Checkpoint.open(folder)
-    try:
-        return _decoded(checkpoint)
-    except BaseException:
-        checkpoint.close()
-        raise
+    with ExitStack() as on_failure:
+        checkpoint = on_failure.enter_context(Checkpoint.open(folder))
+        opened = _decoded(checkpoint)
+        on_failure.pop_all()
+    return opened
 
 
 def _decoded(checkpoint: Checkpoint) -> Checkpoint:

@@ -19,8 +19,9 @@ from llmpare.compress.model.mixtures import Expert
 
 SUPPORTED = (
     "Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3 (text), Phi-3, OPT, GPT-2, GPT-NeoX, the mixtures of experts of "
-    "Mixtral, Qwen3, OLMoE, Granite, DeepSeek-V3 and gpt-oss, and decoders built like them"
+    "Mixtral, Qwen3, OLMoE, Granite, DeepSeek-V3 and gpt-oss, and decoders built like them, also beside a vision tower"
 )
+_TOWER = re.compile(r"(^|\.)(vis|img|image|multi_?modal|mm_)")  # parts of a model that also sees, blocks among them
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -99,6 +100,16 @@ class Layout:
         return tuple(linear for linear in self.linears if linear.block == index)
 
 
+def sees(config: Mapping[str, Any]) -> bool:
+    """Whether the decoder is a part of a model that also looks at images."""
+    return all(isinstance(config.get(part), Mapping) for part in ("vision_config", "text_config"))
+
+
+def decoder_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the decoder: models that also see keep them in a section of their own."""
+    return {**config, **config["text_config"]} if sees(config) else config
+
+
 def find(config: Mapping[str, Any], *names: str, default: Any = None) -> Any:
     """The first of several names of the same size that the config has: families disagree on spelling.
 
@@ -119,8 +130,11 @@ def layout(checkpoint: Source) -> Layout:
     config = checkpoint.config
     architecture = _architecture(config)
     _refuse_quantized(config)
-    prefix, numbered = _blocks(checkpoint.tensors, architecture)
-    count = find(config, "num_hidden_layers", "n_layer", "n_layers", default=len(numbered))
+    tensors = checkpoint.tensors
+    if sees(config):
+        tensors = {name: info for name, info in tensors.items() if not _TOWER.search(name)}
+    prefix, numbered = _blocks(tensors, architecture)
+    count = find(decoder_config(config), "num_hidden_layers", "n_layer", "n_layers", default=len(numbered))
     if not 0 < count <= len(numbered) or any(index not in numbered for index in range(count)):
         raise InputError(
             f"config.json promises {count} blocks, the weights hold {len(numbered)} under {prefix!r}",
@@ -156,11 +170,11 @@ def _architecture(config: Mapping[str, Any]) -> str:
     name = names[0]
     if config.get("is_encoder_decoder"):
         raise _unsupported(name, "it is an encoder-decoder")
-    for part in ("vision_config", "audio_config", "text_config"):
+    for part in ("audio_config",):
         if part in config:
-            raise _unsupported(name, f"it has a {part}: models of more than text are not supported yet")
-    if not name.endswith(("ForCausalLM", "LMHeadModel")):
-        raise _unsupported(name, "only causal language models (…ForCausalLM, …LMHeadModel) are")
+            raise _unsupported(name, f"it has an {part}: models of more than text and images are not supported")
+    if not sees(config) and not name.endswith(("ForCausalLM", "LMHeadModel")):
+        raise _unsupported(name, "only causal language models (…ForCausalLM, …LMHeadModel) are, with or without vision")
     return name
 
 

@@ -14,10 +14,15 @@ from torch import Tensor, nn
 from llmpare.compress.checkpoint.files import clipped
 from llmpare.compress.errors import InputError, UnsupportedError
 from llmpare.compress.model.experts import Mixture, Slot, check_filled
-from llmpare.compress.model.layout import SUPPORTED, Layout, Linear, Source
+from llmpare.compress.model.layout import SUPPORTED, Layout, Linear, Source, sees
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        PretrainedConfig,
+        PreTrainedModel,
+    )
     from transformers.core_model_loading import WeightConverter
 
 
@@ -35,7 +40,8 @@ class Skeleton:
         self.names, self.slots = _names(self.model, checkpoint, layout.architecture)
         self._kept = self.model._get_dtype_plan(dtype)  # what stays in float32 whatever the working dtype
         self._fused = {linear.tensor for linear in layout.experts if linear.expert and linear.expert.fused}
-        self.blocks = _find_blocks(self.model, len(layout.blocks), layout.architecture)
+        first = next((self.names[name] for name in layout.blocks[0] if name in self.names), "")
+        self.blocks = _find_blocks(self.model, len(layout.blocks), first, layout.architecture)
         for buffer in self.model.buffers():
             if not buffer.is_meta:
                 buffer.data = buffer.data.to(device)
@@ -204,13 +210,18 @@ def read_config(source: Source, trust: bool) -> "PretrainedConfig":
     return config
 
 
-def _build(checkpoint: Source, architecture: str, dtype: torch.dtype, trust: bool) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
+def auto_class(source: Source) -> "type[AutoModelForCausalLM | AutoModelForImageTextToText]":
+    """The class of transformers that makes the right one of a config: of text alone, or of images as well."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    return AutoModelForImageTextToText if sees(source.config) else AutoModelForCausalLM
+
+
+def _build(checkpoint: Source, architecture: str, dtype: torch.dtype, trust: bool) -> "PreTrainedModel":
     try:
-        config = read_config(checkpoint, trust)
+        config, family = read_config(checkpoint, trust), auto_class(checkpoint)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+            model: PreTrainedModel = family.from_config(config, dtype=dtype, trust_remote_code=trust)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = clipped(" ".join(str(error).split()))
         raise _unsupported(architecture, f"transformers cannot build it from config.json ({reason})") from error
@@ -293,8 +304,10 @@ def _slot(
     return Slot(target, int(index[1]), parts.index(pattern) * shape[0], shape[0])
 
 
-def _find_blocks(model: nn.Module, count: int, architecture: str) -> nn.ModuleList:
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+def _find_blocks(model: nn.Module, count: int, parameter: str, architecture: str) -> nn.ModuleList:
+    """The list of so many modules that the parameter, one of the first block, is in; else the one that holds most."""
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
     if not lists:
         raise _unsupported(architecture, f"it has no list of {count} blocks")
-    return max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
+    owners = [module for name, module in lists.items() if parameter.startswith(f"{name}.")]
+    return max(owners or lists.values(), key=lambda module: sum(each.numel() for each in module.parameters()))

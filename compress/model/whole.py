@@ -15,7 +15,7 @@ from torch import Tensor
 from llmpare.compress.checkpoint.files import clipped
 from llmpare.compress.errors import InputError
 from llmpare.compress.formats.decoded import DenseSource
-from llmpare.compress.model.skeleton import read_config
+from llmpare.compress.model.skeleton import auto_class, read_config
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -41,7 +41,7 @@ def load(source: DenseSource, dtype: torch.dtype, device: torch.device, *, trust
     """
     try:
         config = read_config(source, trust)
-        family = _family(config, trust)
+        family = _family(source, config, trust)
         with _without_progress_bar():
             model, found = family.from_pretrained(
                 None,
@@ -68,13 +68,12 @@ def load(source: DenseSource, dtype: torch.dtype, device: torch.device, *, trust
     return loaded
 
 
-def _family(config: "PretrainedConfig", trust: bool) -> Any:
+def _family(source: DenseSource, config: "PretrainedConfig", trust: bool) -> Any:
     """The class of the model: the automatic one takes either a folder or weights, not a config with weights."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
-        return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust))
+        return type(auto_class(source).from_config(config, trust_remote_code=trust))
 
 
 @contextmanager

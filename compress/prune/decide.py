@@ -8,7 +8,7 @@ from llmpare.compress.checkpoint.header import tensor_bytes
 from llmpare.compress.checkpoint.read import Checkpoint, TensorInfo
 from llmpare.compress.errors import InputError, UnsupportedError, UsageError
 from llmpare.compress.estimate import Needs, Work, needs_of
-from llmpare.compress.model.layout import Layout, find
+from llmpare.compress.model.layout import Layout, find, sees
 from llmpare.compress.planning import Subject, opened
 from llmpare.compress.prune import structure
 from llmpare.compress.prune.cut import Cut, ShrinkRequest, rounded
@@ -56,6 +56,11 @@ def plan_shrink(request: ShrinkRequest) -> ShrinkPlan:
         raise UsageError("structured pruning needs calibration text", "give a --dataset")
     with opened(request) as (checkpoint, subject):
         found, config = subject.layout, checkpoint.config
+        if sees(config):
+            raise UnsupportedError(
+                f"architecture {found.architecture} also sees, and the shapes of its decoder must stay as they are",
+                "--sparsity and --pattern set weights to zero, and keep all shapes",
+            )
         plan = ShrinkPlan(
             **vars(subject),
             request=request,

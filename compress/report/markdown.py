@@ -32,7 +32,7 @@ def _quantized(report: Section) -> Sequence[list[str]]:
         made.texts(report),
         common.cost(report["cost"]),
         made.environment(report),
-        _loading(report["request"]),
+        _loading(report["request"], report["source"]["architecture"]),
     )
 
 
@@ -66,12 +66,14 @@ def _blocks(blocks: Sequence[Section]) -> list[str]:
     )
 
 
-def _loading(request: Section) -> list[str]:
+def _loading(request: Section, architecture: str) -> list[str]:
     """How to load the output: only what the format's readers are known to accept."""
     out, scheme = request["out"], request["scheme"]
     served = request["format"] != "gptq" or (scheme["symmetric"] and scheme["bits"] in (4, 8))
     arguments = "OUT"
-    imports = "AutoModelForCausalLM"
+    # encoder-decoders are refused, so a model of this name is a decoder that also sees
+    family = "ImageTextToText" if architecture.endswith("ForConditionalGeneration") else "CausalLM"
+    imports = f"AutoModelFor{family}"
     if request["format"] == "compressed-tensors" and not scheme["symmetric"]:
         # transformers 5.23 with compressed-tensors 0.20 cannot load packed zero points any other way.
         imports += ", CompressedTensorsConfig"
@@ -79,7 +81,7 @@ def _loading(request: Section) -> list[str]:
     lines = ["## Loading it", "", f"OUT is {code(out)}.", "", "```python"]
     lines += [
         f"from transformers import {imports}",
-        f"model = AutoModelForCausalLM.from_pretrained({arguments})",
+        f"model = AutoModelFor{family}.from_pretrained({arguments})",
         "```",
     ]
     if request["format"] == "gptq":

@@ -129,6 +129,7 @@ def test_every_tensor_has_a_fate(llama: Path) -> None:
         "command": "plan",
         "model": str(llama),
         "architecture": "LlamaForCausalLM",
+        "source_scheme": "dense",
         "blocks": 2,
         "format": "compressed-tensors",
         "method": "gptq",
@@ -234,9 +235,11 @@ def test_other_kinds_of_models_are_refused_by_name(llama: Path, tmp_path: Path) 
     message = refusal(InputError, save(T5ForConditionalGeneration(t5), tmp_path / "t5"))
     assert message.startswith("architecture T5ForConditionalGeneration is not supported: it is an encoder-decoder")
     seeing = write(tmp_path / "seeing", "llama")
-    edit(seeing, architectures=["Qwen3VLForConditionalGeneration"], vision_config={"depth": 2})
+    edit(seeing, architectures=["Qwen2AudioForConditionalGeneration"], audio_config={"depth": 2})
     message = refusal(InputError, seeing)
-    assert message.startswith("architecture Qwen3VLForConditionalGeneration is not supported: it has a vision_config")
+    assert message.startswith(
+        "architecture Qwen2AudioForConditionalGeneration is not supported: it has an audio_config"
+    )
 
 
 def test_conv1d_fits_two_of_the_formats(tmp_path: Path) -> None:

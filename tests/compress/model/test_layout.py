@@ -13,6 +13,11 @@ from llmpare.compress.errors import InputError
 from llmpare.compress.model.layout import Layout, find, layout
 
 LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
+SEEING: dict[str, Any] = {
+    "architectures": ["Gemma4ForConditionalGeneration"],
+    "vision_config": {},
+    "text_config": {"num_hidden_layers": 2},
+}
 UP, NORM = "mlp.up_proj.weight", "input_layernorm.weight"
 
 
@@ -106,6 +111,16 @@ def test_blocks_beyond_those_of_the_config_are_carried_along(tmp_path: Path) -> 
     assert found.outside == (f"model.layers.2.{UP}", f"model.layers.2.{NORM}")
 
 
+@pytest.mark.parametrize("tower", ["visual.blocks", "model.vision_tower.encoder.layers", "model.vision_model.layers"])
+def test_blocks_of_a_vision_tower_are_not_those_of_the_decoder(tower: str, tmp_path: Path) -> None:
+    """Be there as many of them, or be they larger."""
+    large = {name: (4 * shape[0], *shape[1:]) for name, shape in blocks(0, 1, 2, prefix=f"{tower}.").items()}
+    found = of(checkpoint(tmp_path, {**large, **blocks(0, 1, 2)}, SEEING))
+    assert found.prefix == "model.layers"
+    assert len(found.blocks) == 2
+    assert set(large) < set(found.outside)
+
+
 def test_a_missing_block(tmp_path: Path) -> None:
     message = refusal(checkpoint(tmp_path, blocks(0, 2)))
     assert "config.json promises 2 blocks, the weights hold 2 under 'model.layers'" in message
@@ -120,11 +135,14 @@ def test_a_missing_block(tmp_path: Path) -> None:
         ({"architectures": "LlamaForCausalLM"}, "names no architecture"),
         ({"architectures": ["BertModel"]}, "architecture BertModel is not supported: only causal language models"),
         (
-            {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}},
-            "architecture LlavaForConditionalGeneration is not supported: it has a vision_config",
+            {"architectures": ["BlipForConditionalGeneration"], "vision_config": {}},
+            "architecture BlipForConditionalGeneration is not supported: only causal language models",
         ),
-        ({"architectures": ["Gemma3ForCausalLM"], "text_config": {}}, "it has a text_config: models of more than text"),
-        ({"architectures": ["QwenForCausalLM"], "audio_config": {}}, "audio_config: models of more than text are not"),
+        (
+            {"architectures": ["QwenForCausalLM"], "audio_config": {}},
+            "it has an audio_config: models of more",
+        ),
+        ({**SEEING, "audio_config": {}}, "Gemma4ForConditionalGeneration is not supported: it has an audio_config"),
         ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "method 'awq') | start from the original model"),
         ({**LLAMA, "quantization_config": [1]}, "method 'unknown'"),
         ({**LLAMA, "num_hidden_layers": 0, "n_layer": 2}, "promises 0 blocks"),

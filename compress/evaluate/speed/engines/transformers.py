@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousMixin
@@ -24,6 +24,7 @@ from llmpare.compress.evaluate.speed.engine import Case, Job, Memory, Run, Work
 from llmpare.compress.evaluate.speed.timing import HostMarks, marks
 from llmpare.compress.formats import decoded
 from llmpare.compress.model import whole
+from llmpare.compress.model.layout import sees
 
 STORED = "as stored"
 DENSE = "decoded to dense"
@@ -44,7 +45,8 @@ def load(job: Job) -> "TransformersEngine":
     method = (config.get("quantization_config") or {}).get("quant_method")
     device, dtype = torch.device(job.device), DTYPES[job.dtype]
     if _runs(method):
-        model = AutoModelForCausalLM.from_pretrained(
+        family = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
+        model = family.from_pretrained(
             job.model, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=job.trust
         )
         return TransformersEngine(job, model.eval(), STORED)

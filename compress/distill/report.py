@@ -49,6 +49,7 @@ def describe(
         "source": {
             "model": request.model,
             "architecture": plan.teacher.architecture,
+            "scheme": teacher.scheme,
             "config_sha256": config_digest(teacher.checkpoint),
             "weights_sha256": digest(teacher),
             "bytes": teacher.weight_bytes,

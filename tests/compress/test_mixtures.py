@@ -73,8 +73,10 @@ def test_a_run_tells_the_truth_and_its_output_loads(family: str, models: dict[st
     if family in FUSED:
         with pytest.raises(InputError, match="one tensor holds them all"):
             plan_quantize(packed)
-        packed = replace(packed, rules=(LayerRule("experts", None),))
-        dense = replace(dense, out=dense.out.with_name("dense-2"), rules=packed.rules)
+        packed, dense = (
+            untaught(model, form, rules=(LayerRule("experts", None),)) for form in (packed.format, "dense")
+        )
+        dense = replace(dense, out=dense.out.with_name("dense-2"))
         run_quantize(dense, Silent())
     run_quantize(packed, Silent())
     assert torch.equal(load(packed.out)(tokens()).logits, load(dense.out)(tokens()).logits)

@@ -26,9 +26,27 @@ def sections(report: Report) -> list[Section]:
     items: list[Item] = [*_error(blocks), *_grids(blocks)]
     items += [_blocks(blocks), *_worst(blocks)]
     found = [Section("blocks", "Inside the model", items, LEAD)]
+    if report.get("experts"):
+        found.append(_experts(report["experts"]))
     if report.get("kept_dense"):
         found.append(Section("dense", "Left dense", [Points(_kept(report["kept_dense"]))]))
     return found
+
+
+def _experts(experts: Report) -> Section:
+    rows: list[list[Cell | str]] = []
+    for mixture in experts["mixtures"]:
+        counts = mixture["tokens"]
+        short = ", ".join(f"{expert} ({counts[str(expert)]:,})" for expert in mixture["borrowed"])
+        numbers = [f"{count:,}" for count in (len(counts), min(counts.values()), max(counts.values()))]
+        rows.append([Cell(mixture["name"], "code"), *numbers, short or "none"])
+    head = ("mixture", "experts", "fewest", "most", "borrowed, with their tokens")
+    table = Table("Tokens that were routed to experts", head, rows, (1, 2, 3), folded=len(rows) > FOLD)
+    lead = (
+        "Experts with fewer tokens than inputs borrowed statistics from the others of their mixture: "
+        f"{show.percent(experts['borrowed_share'])} of all compressed weights."
+    )
+    return Section("experts", "Experts", [table], lead)
 
 
 LEAD = (

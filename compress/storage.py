@@ -1,7 +1,7 @@
 """Plans that leave every shape as it is: linears are stored under a scheme in a format, or dense like all else."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +114,7 @@ def stored_specs(checkpoint: Checkpoint, found: Layout, schemes: Schemes, form: 
             "use --format compressed-tensors",
         )
     _refuse_divided(schemes)
-    _refuse_odd_groups(schemes)
+    _refuse_odd_groups(schemes, form)
     form.check(schemes)
     by_weight = {
         linear.weight: (linear, scheme) for linear, scheme in schemes.items() if linear.tensor == linear.weight
@@ -141,19 +141,32 @@ def _refuse_divided(schemes: Schemes) -> None:
                 )
 
 
-def _refuse_odd_groups(schemes: Schemes) -> None:
-    sizes = {linear.columns for linear, scheme in schemes.items() if scheme and scheme.group_size != PER_CHANNEL}
-    odd = [
-        f"{linear.name} [{linear.rows}, {linear.columns}]"
-        for linear, scheme in schemes.items()
-        if scheme and scheme.group_size != PER_CHANNEL and linear.columns % scheme.group_size
-    ]
+def _refuse_odd_groups(schemes: Schemes, form: formats.Format) -> None:
+    """With what either way out costs, in bits per weight of all linears."""
+    grouped = {linear: s for linear, s in schemes.items() if s is not None and s.group_size != PER_CHANNEL}
+    sizes = {linear.columns for linear in grouped}
+    odd = [linear for linear, scheme in grouped.items() if linear.columns % scheme.group_size]
     if odd:
         fit = next(
             (size for size in sorted(GROUP_SIZES, reverse=True) if all(c % size == 0 for c in sizes)), PER_CHANNEL
         )
+        names = [f"{linear.name} [{linear.rows}, {linear.columns}]" for linear in odd[:5]]
         more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+        regrouped = _bits({**schemes, **{n: replace(s, group_size=fit) for n, s in grouped.items()}}, form)
+        left = _bits({**schemes, **dict.fromkeys(odd)}, form)
         raise InputError(
-            f"the group size does not divide the columns of {', '.join(odd[:5])}{more}",
-            f"--group-size {fit} divides all of them; or leave these dense with --ignore",
+            f"the group size does not divide the columns of {', '.join(names)}{more}",
+            f"--group-size {fit} divides all of them, {regrouped:.2f} bits per weight; "
+            f"or leave these dense with --ignore, {left:.2f} bits",
         )
+
+
+def _bits(schemes: Schemes, form: formats.Format) -> float:
+    """Bits per weight of all linears, those that stay dense included."""
+    size = sum(
+        sum(spec.nbytes for spec in form.specs(linear, scheme))
+        if scheme
+        else tensor_bytes(linear.dtype, (linear.rows, linear.columns))
+        for linear, scheme in schemes.items()
+    )
+    return 8 * size / sum(linear.rows * linear.columns for linear in schemes)

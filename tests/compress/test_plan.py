@@ -279,9 +279,14 @@ def test_groups_that_do_not_divide(hidden: int, inner: int, asked: int, fit: int
         assert " and 13 more | " in message  # o_proj has 128 inputs
     assert f"--group-size {fit} divides all of them" in message
     assert "--ignore" in message
-    assert plan(model, scheme=Scheme(4, fit)).quantized
+    regrouped = plan(model, scheme=Scheme(4, fit))
+    assert f"divides all of them, {regrouped.linear_bits:.2f} bits per weight" in message
     ignored = LayerRule("mlp|self_attn.[qkv]" if hidden % asked else "down_proj", None)
-    assert plan(model, scheme=Scheme(4, asked), rules=(ignored,)).quantized
+    partly = plan(model, scheme=Scheme(4, asked), rules=(ignored,))
+    weights = sum(linear.rows * linear.columns for linear in partly.layout.linears)
+    packed = sum(linear.rows * linear.columns for linear in partly.quantized)
+    bits = (packed * partly.linear_bits + (weights - packed) * 16) / weights
+    assert f"with --ignore, {bits:.2f} bits" in message
 
 
 def test_groups_are_looked_at_scheme_by_scheme(tmp_path: Path) -> None:

@@ -40,6 +40,14 @@ class Skeleton:
         self.names, self.slots = _names(self.model, checkpoint, layout.architecture)
         self._kept = self.model._get_dtype_plan(dtype)  # what stays in float32 whatever the working dtype
         self._fused = {linear.tensor for linear in layout.experts if linear.expert and linear.expert.fused}
+        self._extra = [
+            name.removesuffix(".weight")
+            for name in layout.outside
+            if name.endswith(".weight")
+            and len(checkpoint.tensors[name].shape) == 2
+            and name not in self.names
+            and name not in self.slots
+        ]  # matrices of further prediction heads, which servers build and transformers does not
         first = next((self.names[name] for name in layout.blocks[0] if name in self.names), "")
         self.blocks = _find_blocks(self.model, len(layout.blocks), first, layout.architecture)
         for buffer in self.model.buffers():
@@ -144,9 +152,10 @@ class Skeleton:
         ]
 
     def outside(self) -> list[str]:
-        """Names of the linear modules that belong to no block: the head, and projections around the embeddings."""
+        """Names of the linears that belong to no block: the head, projections around the embeddings, further heads."""
         inside = {id(module) for block in self.blocks for module in block.modules()}
-        return [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and id(m) not in inside]
+        modules = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and id(m) not in inside]
+        return modules + self._extra
 
     def eager(self, linears: Iterable[str]) -> bool:
         """Whether the model's own code looks at weights of these linears, by checkpoint name, while it is loaded.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import MATRIX, Family, load, measured, reported, request, tokens, write
 from families_page import page
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -78,3 +79,22 @@ def test_code_that_looks_at_weights_while_they_are_loaded(mixed: bool, tmp_path:
     (warning,) = report["warnings"]
     assert warning.startswith("the model's own code looks at weights while it is loaded")
     assert ("transformers cannot load it with more than one scheme" in warning) == mixed
+
+
+def test_further_prediction_heads_are_kept_byte_for_byte(tmp_path: Path) -> None:
+    """Numbered as blocks beyond those of the config; servers that build them must not expect packed weights there."""
+    model = write(tmp_path / "model", "llama")
+    weights = load_file(model / "model.safetensors")
+    extra = {
+        name.replace("layers.1.", "layers.2."): value.clone() for name, value in weights.items() if "layers.1." in name
+    }
+    extra["model.layers.2.eh_proj.weight"] = torch.randn(128, 256).bfloat16()
+    save_file({**weights, **extra}, model / "model.safetensors", {"format": "pt"})
+    asked = request(model, tmp_path / "out", method="rtn", scheme=Scheme(4, 32), calibration=TextSpec(NO_TEXT))
+    run_quantize(asked, Silent())
+    stored = load_file(asked.out / "model.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in extra.items())
+    ignored = json.loads((asked.out / "config.json").read_text())["quantization_config"]["ignore"]
+    matrices = {name.removesuffix(".weight") for name, value in extra.items() if value.ndim == 2}
+    assert set(ignored) == {"lm_head", *matrices}
+    assert load(asked.out)(tokens()).logits.isfinite().all()

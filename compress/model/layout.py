@@ -173,6 +173,9 @@ def _architecture(config: Mapping[str, Any]) -> str:
     for part in ("audio_config",):
         if part in config:
             raise _unsupported(name, f"it has an {part}: models of more than text and images are not supported")
+    for part, other in (("vision_config", "text_config"), ("text_config", "vision_config")):
+        if part in config and not sees(config):
+            raise _unsupported(name, f"it has a {part}, but no {other} beside it")
     if not sees(config) and not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise _unsupported(name, "only causal language models (…ForCausalLM, …LMHeadModel) are, with or without vision")
     return name

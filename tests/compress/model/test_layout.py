@@ -136,8 +136,9 @@ def test_a_missing_block(tmp_path: Path) -> None:
         ({"architectures": ["BertModel"]}, "architecture BertModel is not supported: only causal language models"),
         (
             {"architectures": ["BlipForConditionalGeneration"], "vision_config": {}},
-            "architecture BlipForConditionalGeneration is not supported: only causal language models",
+            "BlipForConditionalGeneration is not supported: it has a vision_config, but no text_config beside it",
         ),
+        ({"architectures": ["Gemma3ForCausalLM"], "text_config": {}}, "it has a text_config, but no vision_config"),
         (
             {"architectures": ["QwenForCausalLM"], "audio_config": {}},
             "it has an audio_config: models of more",

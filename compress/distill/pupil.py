@@ -14,6 +14,7 @@ from llmpare.compress.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SHARDED = "_fsdp_wrapped_module."  # in names of parameters of a sharded module, and not in its state
 IGNORED = -100  # the label of a position that does not count, as transformers has it
 
 
@@ -78,7 +79,8 @@ class Pupil(nn.Module):
 
 
 def _only_what_is_trained(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    trained = {prefix + name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    parameters = ((name.replace(_SHARDED, ""), parameter) for name, parameter in module.named_parameters())
+    trained = {prefix + name for name, parameter in parameters if parameter.requires_grad}
     buffers = {prefix + name for name, _ in module.named_buffers()}
     for name in [name for name in state if name not in trained and name not in buffers]:
         del state[name]

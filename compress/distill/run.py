@@ -199,11 +199,14 @@ def _learn(job: Job, journal: Journal | None, folder: str | None, resume: str | 
         if journal is not None and resume is not None:
             before = journal.done[CHECKPOINT]["seconds"]
         with clock.phase("train"):
-            curve = train(pupil, lessons, setup.training(plan, job.processes.device), place, progress, saved, resume)
+            trained = train(pupil, lessons, setup.training(plan, job.processes.device), place, progress, saved, resume)
         if journal is not None:
             progress.phase("writing")
+            if trained.gathered is not None:
+                pupil = setup.pupil(plan, job.teacher, source, torch.from_numpy(ids), torch.device("cpu"))
+                pupil.load_state_dict(trained.gathered, strict=False)
             digests = setup.write(pupil, source, job.folder, plan.request)
-            journal.append(TRAINED, {"digests": digests, "curve": curve, "seconds": spent()})
+            journal.append(TRAINED, {"digests": digests, "curve": trained.curve, "seconds": spent()})
 
 
 def _learned(job: Job) -> Windows:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmpare.compress.checkpoint.files import shown, writing
 from llmpare.compress.distill import defaults
@@ -39,6 +39,16 @@ class Training:
     cpu: bool
 
 
+@dataclass(frozen=True)
+class Trained:
+    """curve: step, loss and rate of every logged step. gathered: of a pupil that lies in parts on several devices,
+    all that was trained, in the first process; None where the pupil itself holds it.
+    """
+
+    curve: list[dict[str, float]]
+    gathered: dict[str, Any] | None
+
+
 def train(
     pupil: Pupil,
     lessons: Lessons,
@@ -47,8 +57,8 @@ def train(
     progress: Progress,
     saved: Callable[[str], None],
     resume: str | None,
-) -> list[dict[str, float]]:
-    """Trains the pupil's student in place and returns the curve: step, loss and rate of every logged step.
+) -> Trained:
+    """Trains the pupil's student in place.
 
     folder: for checkpoints. saved(name): called in the first process once the checkpoint of that name is durable; those
     before it are removed afterwards. resume: the checkpoint to go on from. Raises InputError when the loss is no longer
@@ -80,11 +90,13 @@ def train(
                 f"{error} at step {watch.step} of {training.steps}: {left}",
                 "try a smaller --lr, a longer --warmup, or --dtype float32; --restart begins afresh",
             ) from error
-    return [
+    curve = [
         {"step": entry["step"], "loss": entry["loss"], "rate": entry["learning_rate"]}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
+    gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    return Trained(curve, gathered)
 
 
 def _trainer(pupil: Pupil, lessons: Lessons, training: Training, folder: Path) -> "Trainer":

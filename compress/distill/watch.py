@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmpare.compress.distill import defaults
@@ -130,7 +131,8 @@ def _finite(model: nn.Module, *, of_gradients: bool) -> bool:
     """Whether all that is trained is made of numbers, or its gradients are."""
     trained = (each for each in model.parameters() if each.requires_grad)
     tensors = [each.grad if of_gradients else each for each in trained]
-    found = [each.detach().isfinite().all() for each in tensors if each is not None]
+    parts = (each.to_local() if isinstance(each, DTensor) else each for each in tensors if each is not None)
+    found = [each.detach().isfinite().all() for each in parts]
     return bool(torch.stack(found).all())
 
 

@@ -19,7 +19,8 @@ ONLY_WITH = (("beta", "loss", "jsd"), ("hidden-weight", "hidden-loss", "mse"))
 
 def distill_request(settings: Settings) -> DistillRequest:
     """What to do. Raises UsageError for missing and contradicting settings."""
-    required(settings, "teacher", "--teacher")
+    absent = "teacher" not in settings and "cache-teacher" in settings
+    model = required(settings, *(("student", "--teacher or --student") if absent else ("teacher", "--teacher")))
     for name, owner, example in ONLY_WITH:
         if name in settings and (owner not in settings or (name == "beta" and settings["loss"] != example)):
             raise UsageError(f"--{name} belongs to --{owner} {example}", f"add --{owner} {example}, or leave it out")
@@ -36,8 +37,9 @@ def distill_request(settings: Settings) -> DistillRequest:
     if cut:
         options["cut"] = Cut(**cut)
     return DistillRequest(
-        **common({**settings, "model": settings["teacher"]}),
+        **common({**settings, "model": model}),
         **options,
+        teacher_absent=absent,
         recompute=settings.get("gradient-checkpointing", False),
     )
 

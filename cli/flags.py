@@ -122,7 +122,7 @@ TeacherDtype = Annotated[
     Text, value("--teacher-dtype", metavar="NAME", help="Precision of the teacher; default as --dtype.")
 ]
 CacheTeacher = Annotated[
-    Text, value("--cache-teacher", metavar="DIR", help="Keep the teacher's predictions there, and learn from them.")
+    Text, value("--cache-teacher", metavar="DIR", help="Keep its predictions there; later runs need no --teacher.")
 ]
 OnPolicy = Annotated[
     Text, value("--on-policy", metavar="X", help="Let the student write this share of the text, after a warm-up (0).")

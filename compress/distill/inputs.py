@@ -1,12 +1,13 @@
 """What a distillation works from: its texts, and the digests that tell whether it is still the same."""
 
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from llmpare.compress import calibration
 from llmpare.compress.checkpoint.files import read_file
 from llmpare.compress.checkpoint.read import CONFIG, MAX_CONFIG
+from llmpare.compress.distill.cache import read_identity
 from llmpare.compress.distill.plan import DistillPlan
 from llmpare.compress.formats.decoded import DenseSource, open_dense
 from llmpare.compress.texts import Texts
@@ -42,7 +43,10 @@ def warnings(plan: DistillPlan, texts: Texts) -> list[str]:
     """What makes a training with these texts less than it seems."""
     assert texts.calibration is not None
     tokens = texts.calibration.ids.size
-    found = [*plan.warnings, *replace(texts, calibration=None).warnings()]
+    found = []
+    if plan.request.teacher_absent:
+        found.append("the teacher is not at hand: all figures compare with the student as it came")
+    found += [*plan.warnings, *replace(texts, calibration=None).warnings()]
     if plan.tokens > REPEATS * tokens:
         times = f"{plan.tokens / tokens:.0f} times"
         found.append(f"the text has {tokens:,} tokens and is read {times}: more text would teach more")
@@ -59,9 +63,14 @@ def spec(plan: DistillPlan, teacher: DenseSource, texts: Texts) -> dict[str, Any
     elif request.student_config is not None:
         data = bytes(read_file(request.student_config, limit=MAX_CONFIG))
         student = {"config_sha256": hashlib.sha256(data).hexdigest()}
+    kept = None
+    if request.teacher_absent:
+        assert request.cache_teacher is not None
+        kept = asdict(read_identity(request.cache_teacher))
     assert texts.calibration is not None
     return {
         "request": request.spec(),
+        "cache": kept,
         "teacher": _identity(teacher),
         "student": student,
         "training": {"steps": plan.pace.steps, "windows_per_step": plan.pace.windows},

@@ -10,7 +10,7 @@ from llmpare.compress.distill import inputs
 from llmpare.compress.distill.launch import Processes
 from llmpare.compress.distill.measure import Measured
 from llmpare.compress.distill.plan import DistillPlan
-from llmpare.compress.distill.request import TEXT_ALONE
+from llmpare.compress.distill.request import TEXT_ALONE, DistillRequest
 from llmpare.compress.environment import cost, environment
 from llmpare.compress.evaluate.models import Subject, digest
 from llmpare.compress.formats.decoded import DenseSource, open_dense
@@ -74,7 +74,7 @@ def describe(
                 "rate": plan.rate,
                 "warmup": plan.warmup,
                 "loss": request.loss,
-                "learned_from": "the text alone" if request.loss == TEXT_ALONE else "the teacher",
+                "learned_from": _learned_from(request),
                 "processes": processes.count,
                 "seconds": trained["seconds"],
                 "tokens_per_second": plan.tokens / trained["seconds"] if trained["seconds"] else None,
@@ -98,6 +98,12 @@ def recovered(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | No
     if not all(math.isfinite(each) for each in (teacher, first, now)) or first <= teacher:
         return None
     return float((first - now) / (first - teacher))
+
+
+def _learned_from(request: DistillRequest) -> str:
+    if request.loss == TEXT_ALONE:
+        return "the text alone"
+    return "the cache of an absent teacher" if request.teacher_absent else "the teacher"
 
 
 def _made(plan: DistillPlan) -> str:

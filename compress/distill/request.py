@@ -19,6 +19,8 @@ TEXT_ALONE = "cross-entropy"
 class DistillRequest(RunRequest):
     """Everything `llmpare distill` needs to know. model: the teacher. calibration: the text to learn from.
 
+    teacher_absent: there is nothing of the teacher but what cache_teacher holds; model is then the student.
+
     student, cut, student_config: one of the three: a checkpoint, what remains of the teacher, or the config.json of a
     new model. tokens: to learn from, repeating the text if it has fewer. batch_tokens, rate, warmup: of a step, the
     highest learning rate, steps in which it rises; None: see defaults. loss: one of LOSSES, with beta for jsd and a
@@ -47,6 +49,7 @@ class DistillRequest(RunRequest):
     recompute: bool = False
     teacher_dtype: str = "auto"
     cache_teacher: Path | None = None
+    teacher_absent: bool = False
     on_policy: float = 0.0
     early_exit: tuple[int, ...] = ()
     student_scheme: Scheme | None = None
@@ -68,6 +71,11 @@ class DistillRequest(RunRequest):
             raise UsageError(f"unknown loss {self.hidden_loss!r}", f"--hidden-loss takes {', '.join(HIDDEN_LOSSES)}")
         if self.hidden_loss is not None and self.loss == TEXT_ALONE:
             raise UsageError("--hidden-loss compares with a teacher, --loss cross-entropy does without", "drop one")
+        if self.teacher_absent and (self.cache_teacher is None or self.student != self.model):
+            raise UsageError(
+                "without --teacher there has to be a --student, and a cache to learn from",
+                "give --cache-teacher with the folder that a run with --teacher has made",
+            )
         if self.student_scheme is not None and self.lora_rank is not None:
             raise UsageError("--lora-rank and --student-scheme both replace the student's linears", "drop one")
         if self.cache_teacher is not None:
@@ -105,6 +113,6 @@ class DistillRequest(RunRequest):
     def spec(self) -> dict[str, Any]:
         """See RunRequest. When checkpoints are written decides nothing; files are known by their digests."""
         fields = super().spec()
-        for name in ("student", "student_config", "save_steps", "cache_teacher"):
+        for name in ("student", "student_config", "save_steps", "cache_teacher", "teacher_absent"):
             del fields[name]
         return {**fields, "cached_teacher": self.cache_teacher is not None}

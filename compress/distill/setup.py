@@ -93,7 +93,7 @@ def pupil(plan: DistillPlan, teacher: DenseSource, student: DenseSource, ids: Te
 def cache_teacher(plan: DistillPlan, ids: Tensor, device: torch.device, clock: Clock, progress: Progress) -> None:
     """Makes the cache of the teacher's predictions for windows of text `ids`, if one is asked for and not there yet."""
     request, folder = plan.request, plan.teacher.folder
-    if request.cache_teacher is None:
+    if request.cache_teacher is None or request.teacher_absent:
         return
     assert folder is not None
     batch = max(1, batch_tokens(device.type) // plan.seqlen)

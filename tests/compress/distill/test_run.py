@@ -279,6 +279,32 @@ def test_a_cached_teacher_teaches_the_same(place: Place, whole: Path, tmp_path: 
     assert report_of(out)["distillation"]["training"]["learned_from"] == "the teacher"
 
 
+def test_a_cache_is_enough(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run without the teacher learns the same to the last bit; one without its text, or a cache, is refused."""
+    kept = ["--cache-teacher", str(tmp_path / "cache")]
+    assert main(place.command(tmp_path / "with", *kept)) == 0
+
+    def alone(out: Path, *more: str) -> list[str]:
+        words = place.command(out, *more)
+        at = words.index("--teacher")
+        return words[:at] + words[at + 2 :]
+
+    assert main(alone(tmp_path / "without", *kept)) == 0
+    assert weights(tmp_path / "without") == weights(tmp_path / "with")
+    report = report_of(tmp_path / "without")
+    assert report["distillation"]["training"]["learned_from"] == "the cache of an absent teacher"
+    assert any("teacher is not at hand" in warning for warning in report["warnings"])
+    capsys.readouterr()
+    for code, words, more in (
+        (3, "another text", ["--dataset", str(place.text[1]), *kept]),
+        (3, "no cache of a teacher", ["--cache-teacher", str(tmp_path / "nothing")]),
+        (2, "--teacher", []),
+    ):
+        assert main(alone(tmp_path / "refused", *more)) == code
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "refused").exists()
+
+
 def test_a_student_writes_for_itself_and_learns_to_stop_early(place: Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(place.command(out, "--on-policy", "0.5", "--early-exit", "1")) == 0

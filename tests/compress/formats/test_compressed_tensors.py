@@ -43,6 +43,10 @@ def test_what_is_stored_is_what_was_solved(scheme: Scheme, dtype: str) -> None:
     }
     assert (f"{NAME}.weight_zero_point" in tensors) != scheme.symmetric
     assert torch.equal(FORM.decode(linear, scheme, tensors), expected.weight())
+    again = FORM.solved(linear, scheme, tensors)
+    assert torch.equal(again.codes, expected.codes)
+    assert torch.equal(again.scale, expected.scale)
+    assert torch.equal(again.zero, expected.zero)
     assert torch.equal(FORM.weight(linear, expected), expected.weight())
 
     (group,) = QuantizationConfig.model_validate(config({linear: scheme}, scheme)).config_groups.values()

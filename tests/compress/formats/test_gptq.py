@@ -55,6 +55,10 @@ def test_what_is_stored_is_what_was_solved(scheme: Scheme) -> None:
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     assert torch.equal(dequantized(tensors, NAME, config({linear: scheme}, scheme)), expected.weight())
     assert torch.equal(FORM.decode(linear, scheme, tensors), expected.weight())
+    again = FORM.solved(linear, scheme, tensors)
+    assert torch.equal(again.codes, expected.codes)
+    assert torch.equal(again.scale, expected.scale)
+    assert torch.equal(again.zero, expected.zero)
     assert torch.equal(FORM.weight(linear, expected), expected.weight())
 
 

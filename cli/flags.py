@@ -137,7 +137,7 @@ StudentGroupSize = Annotated[
     Text, value("--group-size", metavar="N", help="--student-scheme: 32, 64, 128 (default), or -1.")
 ]
 StudentFormat = Annotated[
-    Text, value("--format", metavar="NAME", help="--student-scheme: compressed-tensors (default), gptq or dense.")
+    Text, value("--format", metavar="NAME", help="--student-scheme: compressed-tensors (default) or gptq.")
 ]
 SaveSteps = Annotated[
     Text, value("--save-steps", metavar="N", help="Steps between checkpoints; default: every ten minutes.")

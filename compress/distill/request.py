@@ -76,6 +76,11 @@ class DistillRequest(RunRequest):
                 "without --teacher there has to be a --student, and a cache to learn from",
                 "give --cache-teacher with the folder that a run with --teacher has made",
             )
+        if self.student_scheme is not None and self.format == "dense":
+            raise UsageError(
+                "--format dense keeps no codes, and --student-scheme trains for them",
+                "use --format compressed-tensors or gptq",
+            )
         if self.student_scheme is not None and self.lora_rank is not None:
             raise UsageError("--lora-rank and --student-scheme both replace the student's linears", "drop one")
         if self.cache_teacher is not None:

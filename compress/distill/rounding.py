@@ -17,7 +17,6 @@ from llmpare.compress.checkpoint.tensors import DTYPES, from_info, to_bytes
 from llmpare.compress.checkpoint.write import CheckpointWriter
 from llmpare.compress.distill import output, qat
 from llmpare.compress.distill.request import DistillRequest
-from llmpare.compress.errors import UsageError
 from llmpare.compress.formats.decoded import DenseSource
 from llmpare.compress.grid import IntGrid
 from llmpare.compress.model.layout import Linear
@@ -39,17 +38,9 @@ def folder(out: Path) -> Path:
 
 
 def quantize_request(request: DistillRequest, student: Path) -> QuantizeRequest:
-    """What quantize is asked to do with the student: with its own choice of windows from the text to learn from.
-
-    Raises UsageError for a format that keeps no codes.
-    """
+    """What quantize is asked to do with the student: with its own choice of windows from the text to learn from."""
     scheme = request.student_scheme
     assert scheme is not None
-    if request.format == "dense":
-        raise UsageError(
-            "--format dense keeps no codes, and --student-scheme trains for them",
-            "use --format compressed-tensors or gptq",
-        )
     return QuantizeRequest(
         model=str(student),
         out=folder(request.out),

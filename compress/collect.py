@@ -60,8 +60,12 @@ class Inputs:
 
 
 @torch.no_grad()
-def sequential(replay: Replay, index: int, inputs: Inputs, stream: Stream) -> Groups:
-    """Statistics of block `index`, one shared input at a time; the stream is advanced past the block."""
+def sequential(replay: Replay, index: int, inputs: Inputs, stream: Stream, *, together: bool = True) -> Groups:
+    """Statistics of block `index`, one shared input at a time; the stream is advanced past the block.
+
+    together: all batches wait at each input; otherwise only one is inside the block at a time, and comes anew for the
+    next input. The same numbers either way.
+    """
     memory.trim()
     groups, modules, readers = _groups(replay, index, inputs, stream), inputs.modules, inputs.readers
     hub = getcurrent()
@@ -69,26 +73,39 @@ def sequential(replay: Replay, index: int, inputs: Inputs, stream: Stream) -> Gr
     def travel(batch: int) -> None:
         stream.hidden[batch] = replay.run(index, stream.hidden[batch])
 
-    with inputs.opened(), watched(modules, groups, lambda group, x: hub.switch((group, x))):
-        travellers = [greenlet(travel) for _ in range(len(stream))]
-        waiting = [traveller.switch(batch) for batch, traveller in enumerate(travellers)]
-        while waiting[0] is not None:  # what a traveller hands over at its end
-            group, x = waiting[0]
-            if isinstance(x, Routed):
-                flows = [x for _, x in waiting]
-                del x, waiting
-                yield from routing.learn(flows, readers[groups[group][0]], everything=inputs.everything)
-                del flows
-                waiting = [traveller.switch() for traveller in travellers]
+    travellers = [greenlet(travel) for _ in range(len(stream))]
+
+    def arrivals(stage: int) -> Iterator[tuple[int, Tensor | Routed] | None]:
+        """Where each batch is after `stage` inputs: (group, what flows in), None past the block."""
+        for batch, traveller in enumerate(travellers):
+            if together:
+                yield traveller.switch() if stage else traveller.switch(batch)
                 continue
-            gram = Gram(x.shape[-1], x.device)
-            for _, x in waiting:
-                gram.add(x)
-            del x, waiting  # only the travellers still need their inputs
-            yield groups[group], gram.statistics()
-            if group == len(groups) - 2:  # before the last, usually the widest input
-                memory.trim()
-            waiting = [traveller.switch() for traveller in travellers]
+            lonely = greenlet(travel)
+            place = lonely.switch(batch)
+            for _ in range(stage):
+                place = lonely.switch()
+            yield place
+            lonely.throw()  # nothing of it is kept; past the block there is nothing left to end
+
+    with inputs.opened(), watched(modules, groups, lambda group, x: hub.switch((group, x))):
+        for stage in range(len(groups) + 1):
+            gram: Gram | None = None
+            flows: list[Routed] = []
+            for place in arrivals(stage):
+                x = None if place is None else place[1]
+                if isinstance(x, Routed):
+                    flows.append(x)
+                elif x is not None:
+                    gram = gram or Gram(x.shape[-1], x.device)
+                    gram.add(x)
+            place = x = None  # only the travellers still need their inputs
+            if flows:
+                yield from routing.learn(flows, readers[groups[stage][0]], everything=inputs.everything)
+            elif gram is not None:
+                yield groups[stage], gram.statistics()
+                if stage == len(groups) - 2:  # before the last, usually the widest input
+                    memory.trim()
 
 
 @torch.no_grad()

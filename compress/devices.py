@@ -34,6 +34,13 @@ def room(device: torch.device) -> int:
     return memory.available() + memory.resident()
 
 
+def limit(device: torch.device, most: int | None) -> None:
+    """Has the device refuse what this process asks for beyond `most` bytes, if it can."""
+    if device.type == "cuda" and most is not None:
+        _, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
+
+
 def peak(device: torch.device) -> int | None:
     """The most device memory that was allocated, in bytes; None on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -43,10 +43,11 @@ class Treatment(Protocol):
         ...
 
     def treat(
-        self, index: int, source: Mapping[str, Tensor], calibration: Stream | None, dense: Stream | None
+        self, index: int, source: dict[str, Tensor], calibration: Stream | None, dense: Stream | None
     ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         """Compresses a loaded block, leaves the output's model with it, and takes calibration and dense past it.
 
+        source: the block's tensors; what will not be copied may be taken out as soon as it has been used.
         Returns the block's new tensors by output name, and facts for the report. What is not returned is copied.
         """
         ...
@@ -129,17 +130,19 @@ class Pass:
     def scores(self, streams: Streams) -> list[Scores]:
         """What both models predict at the end of their streams, one entry per window."""
         dense, output = self._models.dense.replay, self._models.output.replay
-        step = logit_tokens(dense.device.type)
+        step = min(logit_tokens(dense.device.type), self._plan.needs.way.positions)
         found = []
-        for batch, ids in enumerate(streams.dense.ids):
+        for ids, original, compressed in zip(
+            streams.dense.ids, streams.dense.hidden, streams.compressed.hidden, strict=True
+        ):
             last = ids.shape[1] - 1  # the last token of a window is followed by nothing
             for window in range(len(ids)):
                 one = slice(window, window + 1)
                 parts = []
                 for start in range(0, last, step):
                     end = min(start + step, last)
-                    before = dense.logits(ids[one], streams.dense.hidden[batch][one], start, end)
-                    after = output.logits(ids[one], streams.compressed.hidden[batch][one], start, end)
+                    before = dense.logits(ids[one], original[one], start, end)
+                    after = output.logits(ids[one], compressed[one], start, end)
                     parts.append(score(before, after, ids[one, start + 1 : end + 1]))
                 found.append(Scores.join(parts))
         return found
@@ -150,7 +153,8 @@ class Pass:
         with self._clock.phase("measure"):
             streams.dense.advance(dense, index)
             self._require_finite(streams.dense, index)
-        done = self._journalled(_unit(index), tensors)
+        names = tuple(tensors)
+        done = self._journalled(_unit(index), names)
         if done is not None:
             if streams.calibration_dense is not None:
                 with self._clock.phase("advance"):
@@ -164,7 +168,7 @@ class Pass:
         made, facts = self._treatment.treat(index, tensors, streams.calibration, streams.calibration_dense)
         with self._clock.phase("write"):
             stored = {name: made[name] if name in made else tensors[name] for name in self._plan.specs_of(index)}
-            return self._write(_unit(index), stored, tensors, facts), False
+            return self._write(_unit(index), stored, names, facts), False
 
     def _advance(self, stream: Stream, index: int) -> None:
         """Takes a stream of the output's model past what became of block `index`."""
@@ -201,7 +205,7 @@ class Pass:
                 )
 
     def _write(
-        self, unit: str, stored: Mapping[str, Tensor], source: Mapping[str, Tensor], facts: dict[str, Any]
+        self, unit: str, stored: Mapping[str, Tensor], source: Iterable[str], facts: dict[str, Any]
     ) -> dict[str, Any]:
         """Writes the tensors of a unit durably and only then notes that it is done."""
         digests = {name: self._writer.write(name, to_bytes(tensor)) for name, tensor in stored.items()}
@@ -211,7 +215,7 @@ class Pass:
         self.digests.update(digests)
         return record
 
-    def _journalled(self, unit: str, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    def _journalled(self, unit: str, tensors: Iterable[str]) -> dict[str, Any] | None:
         """The record of a unit that an earlier run finished. Raises InputError if it was made from other weights."""
         record = self._journal.done.get(unit)
         if record is not None and record["source"] != self._source_digest(tensors):

@@ -13,19 +13,20 @@ from pathlib import Path
 
 from llmpare.compress import memory, quantize
 from llmpare.compress.calibration import DEFAULT_WINDOWS
-from llmpare.compress.checkpoint.header import tensor_bytes
+from llmpare.compress.checkpoint.header import TensorInfo, tensor_bytes
 from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.model.layout import Layout, Linear, decoder_config, find
 from llmpare.compress.request import NO_TEXT, QuantizeRequest, RunRequest, Scheme
 
 PROCESS = 480 * 2**20  # an interpreter with torch and transformers imported
-SEQUENTIAL = 16 * 2**30  # bytes of activations that may wait inside a block for its linears to be solved
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # enough to keep the device busy, little enough to stay in its cache
 _LOGIT_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
-# Measured, and rounded up. Copies in float32 that a solver holds at its peak: of the weights, of their Gram matrix.
-_COPIES = {"rtn:solve": (5, 1), "gptq:solve": (12, 8)}
+# Measured, and rounded up. What a solver holds at its peak, in float32: copies of the weights, of their Gram matrix,
+# and of those rows of the weights that it takes at once.
+_COPIES = {"rtn:solve": (3, 0, 0), "gptq:solve": (2, 1, 13)}
+_ROWS_OF = 1 << 23  # weights that are taken at once on the CPU, by the solver and to measure errors
 _TUNED_WEIGHT = 48  # bytes: the weight, its place, offset, gradients and the two moments of Adam
 _TUNED_OUTPUTS = 7  # what automatic differentiation keeps, in units of what the linears put out
 
@@ -41,74 +42,161 @@ def logit_tokens(device: str) -> int:
 
 
 @dataclass(frozen=True)
+class Way:
+    """What a run does to keep to its memory. It costs time, and not a bit of the output.
+
+    outside: embeddings and head stay loaded from beginning to end; else the head is read a second time. ahead: the next
+    block is read while this one is worked on. kept: hidden states stay in the device's memory; else they are spilled.
+    together: all windows wait inside a block while its linears are solved; else they pass through it once per input.
+    positions: whose logits exist at once, at most.
+    """
+
+    outside: bool = True
+    ahead: bool = True
+    kept: bool = True
+    together: bool = True
+    positions: int = _LOGIT_TOKENS["cuda"]
+
+    def lines(self) -> list[str]:
+        """What is given up, for people."""
+        given = {
+            "embeddings and head are loaded only where they are needed": not self.outside,
+            "no block is read ahead": not self.ahead,
+            "hidden states wait outside of memory": not self.kept,
+            "windows pass through a block once per input": not self.together,
+        }
+        return [line for line, holds in given.items() if holds]
+
+
+# From what costs least time to what costs most, each with all before it.
+_WAYS = (
+    Way(),
+    Way(outside=False),
+    Way(outside=False, ahead=False),
+    Way(outside=False, ahead=False, kept=False),
+    Way(outside=False, ahead=False, kept=False, together=False),
+)
+
+
+@dataclass(frozen=True)
 class Needs:
     """Bytes by kind.
 
-    apart: statistics besides, if windows do not pass through a block together: those of all experts at once.
-    stream_per_token: activations that every calibration token costs for the whole run. waiting_per_token: those it
-    costs besides if all windows pass through a block together, which they do up to waiting_limit.
+    outside: embeddings, head and the like, of which `head` is all that scoring needs. block: the one that is worked on,
+    with what becomes of it. following: the next one, as it is read. statistics, solving: of its linears. forward: of
+    one batch of windows. spilled: of hidden states that are on their way from and to where they wait.
+    waiting_per_token: activations that every calibration token costs if all windows wait inside a block.
+    stream_per_token: hidden states of every calibration token. watched: hidden states of the evaluation text, and what
+    else stays from beginning to end. logits_per_position: of both models, and their scores. frugal: whether the
+    run can do without parts of the model, and without hidden states, for a time.
     """
 
     process: int
-    weights: int
+    outside: int
+    head: int
+    block: int
+    following: int
     statistics: int
     solving: int
-    forward: int
-    evaluation: int
+    forward_per_token: int
     stream_per_token: int
     waiting_per_token: int
+    watched: int
+    logits_per_position: int
     tokens: int
-    waiting_limit: int = SEQUENTIAL
-    apart: int = 0
+    batch: int
+    frugal: bool = True
+    device: str = "cpu"
+    way: Way = Way()
 
     @property
     def memory(self) -> int:
         """The peak, in bytes."""
-        learned = self.statistics + (0 if self.sequential else self.apart)
-        fixed = self.process + self.weights + max(learned + self.solving, self.forward) + self.evaluation
-        return fixed + self._per_token * self.tokens
+        return self._at(self.way)
+
+    @property
+    def least(self) -> int:
+        """The peak with everything given up that can be."""
+        return min(self._at(way) for way in self._ways())
 
     @property
     def sequential(self) -> bool:
-        """Whether the windows pass through a block together: one forward instead of two, if that is not too much."""
-        return 0 < self.waiting_per_token * self.tokens <= self.waiting_limit
+        """Whether linears of a block are solved one after the other, each seeing what became of those before."""
+        return self.waiting_per_token * self.tokens > 0
 
     @property
-    def _per_token(self) -> int:
-        return self.stream_per_token + (self.waiting_per_token if self.sequential else 0)
+    def spilled(self) -> int:
+        """Bytes of hidden states that wait outside of memory."""
+        return 0 if self.way.kept else self._streams
 
-    def largest_sample(self, room: int, seqlen: int) -> int:
-        """The most windows of `seqlen` tokens with which `room` bytes are enough; 0 if none are."""
-        if not self.tokens:
-            return 0
-        left = max(0, room - (self.memory - self._per_token * self.tokens))
-        apart = left // (self.stream_per_token * seqlen)
-        if not replace(self, tokens=apart * seqlen).sequential:
-            return apart
-        return left // ((self.stream_per_token + self.waiting_per_token) * seqlen)
+    def on(self, device: str) -> "Needs":
+        """The same on a device of this kind."""
+        return replace(self, device=device)
+
+    def within(self, room: int) -> "Needs":
+        """The quickest way to do with `room` bytes; if there is none, the one that needs least."""
+        ways = self._ways()
+        return replace(self, way=next((way for way in ways if self._at(way) <= room), min(ways, key=self._at)))
 
     def explain(self) -> str:
         """The parts, for people."""
+        way = self.way
         parts = {
             "process": self.process,
-            "weights": self.weights,
+            "weights": (self.outside if way.outside else 0) + self.block + (self.following if way.ahead else 0),
             "solver": self.statistics + self.solving,
-            "activations": self._per_token * self.tokens + self.evaluation,
+            "activations": self._held(way) + self.forward_per_token * self._at_once,
         }
         return ", ".join(f"{name} {memory.show(size)}" for name, size in parts.items())
+
+    def _ways(self) -> list[Way]:
+        most, ways = logit_tokens(self.device), _WAYS if self.frugal else (Way(), Way(together=False))
+        return [replace(way, positions=most >> halvings) for way in ways for halvings in range(5)]
+
+    def _at(self, way: Way) -> int:
+        streams = self._held(way)
+        waiting = self.waiting_per_token * (self.tokens if way.together else 0)
+        rest = max(0, self.outside - 2 * self.head)  # what is neither embeddings nor head stays where it is
+        outside, following = self.outside if way.outside else rest, self.following if way.ahead else 0
+        entering = self.outside + self.block
+        working = outside + following + self.block + max(self.statistics + self.solving + waiting, self._forward)
+        scoring = (self.outside if way.outside else self.head + rest) + self.logits_per_position * min(
+            way.positions, logit_tokens(self.device)
+        )
+        return self.process + streams + max(entering, working, scoring)
+
+    @property
+    def _streams(self) -> int:
+        return self.watched + self.stream_per_token * self.tokens
+
+    def _held(self, way: Way) -> int:
+        """Hidden states in memory; if they are spilled, of one batch of two streams, and of what becomes of it."""
+        return self._streams if way.kept else min(self._streams, 3 * self.stream_per_token * self._at_once)
+
+    @property
+    def _at_once(self) -> int:
+        return min(self.batch, batch_tokens(self.device))
+
+    @property
+    def _forward(self) -> int:
+        return self.statistics + self.forward_per_token * self._at_once
 
 
 @dataclass(frozen=True)
 class Work:
     """What a treatment of blocks holds at its peak.
 
-    weights, grams: float32 copies of the matrix that is being solved, and of its Gram matrix. tunes: trains whole
+    weights, grams, rows: float32 copies of the matrix that is being solved, of its Gram matrix, and of the rows that
+    are taken at once. blocks: copies of a block. linears: those that are treated; None: all. tunes: trains whole
     blocks. dense_too: follows the calibration text through the original model as well. twin: the output is a model of
     its own, with other shapes. followed: tokens whose hidden states a survey holds.
     """
 
     weights: int
     grams: int
+    rows: int = 0
+    blocks: float = 2
+    linears: frozenset[Linear] | None = None
     tunes: bool = False
     dense_too: bool = False
     twin: bool = False
@@ -128,7 +216,13 @@ def needs(
     method = quantize.find(request.method)
     tunes = method.tuner is not None
     correction = bool(dict(request.options).get("correction"))
-    work = Work(*_COPIES[method.solver], tunes=tunes, dense_too=tunes or correction)
+    work = Work(
+        *_COPIES[method.solver],
+        blocks=2 if tunes else 1.3,  # weights make room for what becomes of them, unless they are needed again
+        linears=frozenset(linear for linear, scheme in schemes.items() if scheme is not None),
+        tunes=tunes,
+        dense_too=tunes or correction,
+    )
     return needs_of(checkpoint, layout, request, work, dtype=dtype, seqlen=seqlen)
 
 
@@ -138,50 +232,54 @@ def needs_of(
     """What a run takes that treats blocks in this way. dtype: of the forward passes. seqlen: tokens per window."""
     size = tensor_bytes(dtype, (1,))
     tensors = checkpoint.tensors
-    hidden = find(
-        decoder_config(checkpoint.config),
-        "hidden_size",
-        "n_embd",
-        "d_model",
-        default=min(n.columns for n in layout.linears),
-    )
-    vocabulary = find(decoder_config(checkpoint.config), "vocab_size", default=0)
-    outside = sum(tensors[name].nbytes + tensors[name].numel * size for name in layout.outside)
-    blocks = [sum(tensors[name].nbytes for name in block) for block in layout.blocks]
-    of_block = [layout.of_block(index) for index in range(len(blocks))]
-    stacks = [_stacks(linears) for linears in of_block]
-    plain = [[linear for linear in linears if linear.expert is None] for linears in of_block]
-    experts = [[linear for linear in linears if linear.expert is not None] for linears in of_block]
-    routed = find(decoder_config(checkpoint.config), "num_experts_per_tok", "num_experts_per_token", default=1)
-    columns = max(_waiting(linears, routed, hidden) for linears in of_block)
+    config = decoder_config(checkpoint.config)
+    hidden = find(config, "hidden_size", "n_embd", "d_model", default=min(n.columns for n in layout.linears))
+    vocabulary = find(config, "vocab_size", default=0)
+    sizes = {name: _loaded(tensors[name], size) for name in tensors}
+    blocks = [sum(sizes[name] for name in block) for block in layout.blocks]
+    treated = [[n for n in layout.of_block(i) if work.linears is None or n in work.linears] for i in range(len(blocks))]
+    stacks = [found for found in map(_stacks, treated) if found]
     text = request.calibration.dataset != NO_TEXT
     windows = (request.calibration.nsamples or DEFAULT_WINDOWS["calibration"]) if text else 0
-    watched = request.evaluation.nsamples or DEFAULT_WINDOWS["evaluation"]
-    batch = min(max(batch_tokens("cpu"), seqlen), max(windows, watched) * seqlen)
-    widths = max(_outputs(linears, routed) for linears in of_block)
+    scored = request.evaluation.nsamples or DEFAULT_WINDOWS["evaluation"]
+    routed = find(config, "num_experts_per_tok", "num_experts_per_token", default=1)
+    of_block = [layout.of_block(index) for index in range(len(blocks))]
+    columns = max(_waiting(linears, routed, hidden) for linears in of_block)
+    rows = max(linear.rows * (1 if linear.expert is None else routed) for linear in layout.linears)
     both = 2 if work.dense_too else 1
-    return Needs(
+    grams = max((columns * columns for found in stacks for _, columns in found), default=0)
+    if work.dense_too:  # of all inputs at once
+        grams = 2 * max((sum(columns * columns for _, columns in found) for found in stacks), default=0)
+    models = 2 if work.twin else 1
+    found = Needs(
         process=PROCESS,
+        outside=sum(sizes[name] for name in layout.outside) * models,
+        head=max((sizes[name] for name in layout.outside), default=0),
         # experts are copied into their place, and what becomes of them waits until all of a block are done
-        weights=(outside + (5 if layout.experts else 3) * max(blocks)) * (2 if work.twin else 1),
+        block=int(max(blocks) * (work.blocks + (2 if layout.experts else 0))) * models,
+        following=max(sum(tensors[name].nbytes for name in block) for block in layout.blocks),
         # of a single expert, and of all of its mixture together
-        statistics=4 * max(map(_grams, plain)) * both
-        + 8 * max((linear.columns**2 for linear in layout.experts), default=0)
-        if text
-        else 0,
-        apart=4 * max(map(_grams, experts)) if text else 0,
+        statistics=4 * grams + 8 * max((n.columns**2 for n in layout.experts), default=0) if text else 0,
         solving=max(
-            max(_solving(rows, columns, work, text) for found in stacks for rows, columns in found),
-            _tuning(of_block, batch * widths * size) if work.tunes else 0,
+            max((_solving(rows, columns, work, text) for found in stacks for rows, columns in found), default=0),
+            _tuning(treated, min(batch_tokens("cpu"), windows * seqlen) * size) if work.tunes else 0,
         ),
-        forward=batch * (3 * widths + 6 * hidden) * size + batch * seqlen * 4,
-        evaluation=(2 * watched * seqlen + work.followed) * hidden * size + 4 * logit_tokens("cpu") * vocabulary * 4,
+        # the widest of the linears, thrice, beside the residual stream, and in float32 for its statistics
+        forward_per_token=(3 * rows + 6 * hidden) * size + seqlen * 4 + (4 * columns if text else 0),
         stream_per_token=hidden * size * both,
         waiting_per_token=0 if work.dense_too else size * (columns + 2 * hidden),
+        watched=(2 * scored * seqlen + work.followed) * hidden * size,
+        logits_per_position=5 * vocabulary * 4,
         tokens=windows * seqlen,
-        # by what the machine has, not by what is free now: the same command must take the same path again
-        waiting_limit=min(SEQUENTIAL, (request.max_memory or memory.physical()) // 4),
+        batch=max(windows, scored) * seqlen,
+        frugal=not work.twin and not work.followed,
     )
+    return found if request.max_memory is None else found.within(request.max_memory)
+
+
+def _loaded(info: TensorInfo, size: int) -> int:
+    """Bytes of a tensor as it is on disk and as it is worked with, which is the same memory if nothing is converted."""
+    return info.nbytes if info.nbytes == info.numel * size else info.nbytes + info.numel * size
 
 
 def _stacks(linears: Sequence[Linear]) -> list[tuple[int, int]]:
@@ -190,17 +288,6 @@ def _stacks(linears: Sequence[Linear]) -> list[tuple[int, int]]:
     for linear in linears:
         rows[linear.name.rpartition(".")[0], linear.columns] += linear.rows
     return [(total, columns) for (_, columns), total in rows.items()]
-
-
-def _grams(linears: Sequence[Linear]) -> int:
-    """Numbers in the Gram matrices of all inputs of some linears."""
-    return sum(columns * columns for _, columns in _stacks(linears))
-
-
-def _outputs(linears: Sequence[Linear], routed: int) -> int:
-    """What the linears of a block put out for one token, that passes through `routed` experts of each mixture."""
-    first = [linear for linear in linears if linear.expert is not None and linear.expert.index == 0]
-    return sum(linear.rows for linear in linears if linear.expert is None) + routed * sum(n.rows for n in first)
 
 
 def _waiting(linears: Sequence[Linear], routed: int, hidden: int) -> int:
@@ -212,13 +299,15 @@ def _waiting(linears: Sequence[Linear], routed: int, hidden: int) -> int:
 
 def _solving(rows: int, columns: int, work: Work, text: bool) -> int:
     """Bytes that solving one matrix takes at its peak."""
-    return 4 * (work.weights * rows * columns + (work.grams * columns * columns if text else 0))
+    at_once = work.rows * min(rows * columns, max(_ROWS_OF, columns))
+    return 4 * (work.weights * rows * columns + at_once + (work.grams * columns * columns if text else 0))
 
 
-def _tuning(of_block: Sequence[Sequence[Linear]], outputs: int) -> int:
-    """Bytes that tuning a block takes. outputs: those of all its linears' outputs, for the tokens of one step."""
+def _tuning(of_block: Sequence[Sequence[Linear]], bytes_: int) -> int:
+    """Bytes that tuning a block takes. bytes_: those of one number for every token of one step."""
     weights = max(sum(linear.rows * linear.columns for linear in linears) for linears in of_block)
-    return _TUNED_WEIGHT * weights + _TUNED_OUTPUTS * outputs
+    outputs = max(sum(linear.rows for linear in linears) for linears in of_block)
+    return _TUNED_WEIGHT * weights + _TUNED_OUTPUTS * outputs * bytes_
 
 
 def disk_free(out: Path) -> int:

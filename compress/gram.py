@@ -39,10 +39,21 @@ class Gram:
             _accumulate(self.drift, original.reshape(x.shape).to(x.dtype) - x, x)
 
     def statistics(self) -> Statistics:
-        """Means per token; the upper triangle is the mirror of the lower, so H is symmetric to the bit."""
-        lower = self.gram.tril().div_(self.tokens)
-        full = lower + lower.tril(-1).t()
-        return Statistics(full, None if self.drift is None else self.drift / self.tokens)
+        """Means per token; the upper triangle is the mirror of the lower, so H is symmetric to the bit.
+
+        They take the memory of the sums: nothing can be added or asked for afterwards.
+        """
+        if not self.tokens:
+            raise ValueError("statistics of nothing, or asked for twice")
+        full = self.gram.tril_().div_(self.tokens)  # in place: it is large, and done with
+        for start in range(0, len(full), _SMALLEST):
+            end = start + _SMALLEST
+            full[start:end, end:] = full[end:, start:end].t()
+            corner = full[start:end, start:end]
+            corner += corner.tril(-1).t()
+        drift = None if self.drift is None else self.drift.div_(self.tokens)
+        self.tokens = 0
+        return Statistics(full, drift)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -61,7 +61,8 @@ class Linears:
         modules = {name: skeleton.module(name) for name, linear in linears.items() if linear.expert is None}
         inputs = collect.Inputs(modules, skeleton.mixtures(list(linears.values())), self._plan.request.route_all)
         if self._plan.sequential:
-            return collect.sequential(self._model.replay, index, inputs, calibration)
+            together = self._plan.needs.way.together
+            return collect.sequential(self._model.replay, index, inputs, calibration, together=together)
         return collect.parallel(self._model.replay, index, inputs, calibration, dense, with_drift=drift)
 
     def advance(self, index: int, calibration: Stream | None) -> None:
@@ -108,11 +109,17 @@ def join(linears: Sequence[Linear], tensors: Mapping[str, Tensor], source: Mappi
     return joined
 
 
+_AT_ONCE = 1 << 24  # weights whose error is measured together: it takes several copies of them
+
+
 def relative_error(weight: Tensor, changed: Tensor, statistics: Statistics | None) -> float:
     """Squared output error over squared output; of the weights themselves when nothing is known of the inputs."""
-    if statistics is None:
-        lost, whole = (weight - changed).square().sum(), weight.square().sum()
-    else:
-        lost = loss(weight, changed, statistics.gram).sum()
-        whole = loss(weight, torch.zeros_like(weight), statistics.gram).sum()
+    lost = whole = torch.zeros((), device=weight.device)
+    step = max(1, _AT_ONCE // weight.shape[1])
+    for before, after in zip(weight.split(step), changed.split(step), strict=True):
+        if statistics is None:
+            lost, whole = lost + (before - after).square().sum(), whole + before.square().sum()
+        else:
+            lost = lost + loss(before, after, statistics.gram).sum()
+            whole = whole + loss(before, torch.zeros_like(before), statistics.gram).sum()
     return float(lost / whole) if whole != 0 else 0.0  # NaN, for what cannot be measured, must not become 0

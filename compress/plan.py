@@ -5,7 +5,8 @@ second could have told.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from llmpare.compress import memory
 from llmpare.compress.errors import MemoryLimitError, OutputError
@@ -17,9 +18,9 @@ from llmpare.compress.prune.plan import plan_masks
 from llmpare.compress.prune.request import MaskRequest, PruneRequest
 from llmpare.compress.quantize.plan import plan_quantize
 
-__all__ = ["Plan", "check_room", "plan_prune", "plan_quantize"]
+__all__ = ["Plan", "plan_prune", "plan_quantize", "within_room"]
 
-
+_Plan = TypeVar("_Plan", bound=Plan)
 _PRUNING: dict[type[PruneRequest], Callable[[Any], Plan]] = {MaskRequest: plan_masks, ShrinkRequest: plan_structure}
 
 
@@ -28,19 +29,30 @@ def plan_prune(request: PruneRequest) -> Plan:
     return _PRUNING[type(request)](request)
 
 
-def check_room(plan: Plan, room: int) -> None:
-    """Raises MemoryLimitError or OutputError when `room` bytes, --max-memory or the disk do not hold the plan."""
-    request, need = plan.request, plan.needs.memory
-    limit = request.max_memory
+def within_room(plan: _Plan, room: int, device: str = "cpu") -> _Plan:
+    """The plan, made to fit `room` bytes on a device of this kind, --max-memory and the disk.
+
+    Raises MemoryLimitError or OutputError when there is no way to.
+    """
+    limit = plan.request.max_memory
     have = room if limit is None else min(room, limit)
-    if need > have:
+    needs = plan.needs.on(device).within(have)
+    if needs.memory > have:
         what = f"--max-memory {memory.show(have)}" if have == limit else f"{memory.show(have)} available"
-        fit = plan.needs.largest_sample(have, plan.seqlen)
-        hint = f"--nsamples {fit} fits" if fit else "no number of windows fits; use a larger machine"
-        raise MemoryLimitError(f"the run needs about {memory.show(need)} of memory, there is {what}", hint)
-    free = disk_free(request.out)
+        raise MemoryLimitError(
+            f"the run needs at least {memory.show(needs.memory)} of memory, there is {what}",
+            "allow more with --max-memory" if have == limit and room > needs.memory else "use a larger machine",
+        )
+    out, free = plan.request.out, disk_free(plan.request.out)
     if plan.output_bytes > free:
         raise OutputError(
-            f"{request.out}: the output needs {memory.show(plan.output_bytes)} of disk, {memory.show(free)} are free",
+            f"{out}: the output needs {memory.show(plan.output_bytes)} of disk, {memory.show(free)} are free",
             "free some space or choose another place with -o",
         )
+    if plan.output_bytes + needs.spilled > free:
+        raise OutputError(
+            f"{out}: hidden states that memory has no room for need {memory.show(needs.spilled)} of disk beside the "
+            f"output's {memory.show(plan.output_bytes)}, {memory.show(free)} are free",
+            "free some space, choose another place with -o, allow more --max-memory, or use fewer --nsamples",
+        )
+    return replace(plan, needs=needs)

@@ -136,7 +136,8 @@ class Plan(Subject, ABC):
             "source_scheme": self.source_scheme,
             "output_bytes": self.output_bytes,
             "memory_bytes": self.needs.memory,
-            "disk_bytes": self.output_bytes,
+            "least_memory_bytes": self.needs.least,
+            "disk_bytes": self.output_bytes + self.needs.spilled,
             "warnings": list(self.warnings),
         }
 
@@ -156,7 +157,9 @@ class Plan(Subject, ABC):
             f"output   {memory.show(self.output_bytes)} from {memory.show(self.source_bytes)}"
             f" ({self.output_bytes / self.source_bytes:.0%}), {self.outcome()}",
             f"memory   about {memory.show(self.needs.memory)}: {self.needs.explain()}",
-            f"disk     {memory.show(self.output_bytes)} in {self.request.out.absolute().parent}",
+            f"         with --max-memory at least {memory.show(self.needs.least)}",
+            *(f"         {line}" for line in self.needs.way.lines()),
+            f"disk     {memory.show(self.output_bytes + self.needs.spilled)} in {self.request.out.absolute().parent}",
         ]
         return lines + [f"note     {warning}" for warning in self.warnings]
 

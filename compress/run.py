@@ -12,7 +12,8 @@ output's. They are one and the same object unless the plan says that the output 
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,7 +39,7 @@ from llmpare.compress.model.models import Model, Models, Sketch
 from llmpare.compress.model.replay import Replay
 from llmpare.compress.model.skeleton import Skeleton
 from llmpare.compress.outcome import Done, Job, config_digest, describe, weights_digest
-from llmpare.compress.plan import Plan, check_room, plan_quantize
+from llmpare.compress.plan import Plan, plan_quantize, within_room
 from llmpare.compress.progress import Progress
 from llmpare.compress.prune.cut import ShrinkRequest
 from llmpare.compress.prune.masking import MASKS
@@ -47,6 +48,7 @@ from llmpare.compress.prune.structured import SHRINK
 from llmpare.compress.quantize.block import QuantizeBlocks
 from llmpare.compress.report import build, gates, html, markdown
 from llmpare.compress.request import QuantizeRequest, RunRequest
+from llmpare.compress.spill import Batches, Spill
 from llmpare.compress.streams import Stream
 from llmpare.compress.texts import Texts, read_texts
 from llmpare.compress.version import VERSION
@@ -92,7 +94,8 @@ def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, 
         if publish.finished(request.out, spec):
             progress.phase("verifying")
             return _existing(plan, source, texts)
-        check_room(plan, devices.room(device))
+        plan = within_room(plan, devices.room(device), device.type)
+        devices.limit(device, request.max_memory)
         with publish.Workspace(request.out, force=request.force, restart=request.restart) as workspace:
             for message in workspace.messages:
                 progress.warn(message)
@@ -112,8 +115,8 @@ def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> di
     with Journal(workspace.journal, begun) as journal:
         try:
             job = _surveyed(job, journal)
-            with CheckpointWriter(job.folder, job.plan.specs) as writer:
-                done = _fitting(job, journal, lambda batch: _attempt(job, writer, journal, batch))
+            with CheckpointWriter(job.folder, job.plan.specs) as writer, _spill(job) as spill:
+                done = _fitting(job, journal, lambda batch: _attempt(job, writer, journal, spill, batch))
         except InputError as error:
             if isinstance(error, BrokenWeights) or not journal.done.keys() - {OUTSIDE, SURVEY}:
                 workspace.journal.unlink()  # nothing that was begun is worth resuming
@@ -175,7 +178,7 @@ def _fitting(job: Job, journal: Journal, work: Callable[[int], _Found]) -> _Foun
     return devices.fitting(work, batch, job.progress, failure)
 
 
-def _attempt(job: Job, writer: CheckpointWriter, journal: Journal, batch: int) -> Done:
+def _attempt(job: Job, writer: CheckpointWriter, journal: Journal, spill: Spill | None, batch: int) -> Done:
     """One pass over the model with `batch` windows at a time."""
     plan, texts, clock = job.plan, job.texts, job.clock
     dense, walk, outside = _load(job)
@@ -184,18 +187,25 @@ def _attempt(job: Job, writer: CheckpointWriter, journal: Journal, batch: int) -
     treatment = job.command.treatment(plan, models, clock)
     engine = Pass(plan, job.source, writer, journal, models, treatment, clock, job.progress)
     engine.outside(outside)
+    keep: Keep = list if spill is None else spill.keep
     with clock.phase("load"):
         ids = torch.from_numpy(texts.evaluation.ids)
-        watched = Stream.enter(ids, dense.replay, batch)
-        judged = watched.fork() if models.same else Stream.enter(ids, output.replay, batch)
-        learned = _enter(job, output, batch)
+        watched = Stream.enter(ids, dense.replay, batch, keep)
+        judged = watched.fork() if models.same else Stream.enter(ids, output.replay, batch, keep)
+        learned = _enter(job, output, batch, keep)
         twin = None
         if learned is not None and treatment.wants_dense:
-            twin = learned.fork() if models.same else _enter(job, dense, batch)
+            twin = learned.fork() if models.same else _enter(job, dense, batch, keep)
+    outside.clear()
+    if not plan.needs.way.outside:
+        dense.skeleton.unload_outside()
+        memory.trim()
     streams = Streams(learned, twin, watched, judged)
     job.progress.phase("compressing")
     engine.blocks(walk, streams)
     job.progress.phase("measuring")
+    if not plan.needs.way.outside:
+        walk.head()
     with clock.phase("measure"):
         scores = engine.scores(streams)
     summary = fidelity.summarise(scores, str(DTYPES[plan.dtype]))
@@ -233,10 +243,20 @@ def _output(job: Job, dense: Model) -> Model:
         return Model(skeleton, Replay(skeleton, like=dense.replay))
 
 
-def _enter(job: Job, model: Model, batch: int) -> Stream | None:
+Keep = Callable[[Iterable[Tensor]], Batches]
+
+
+def _spill(job: Job) -> AbstractContextManager[Spill | None]:
+    """The place for what memory has no room for, if there is anything."""
+    if job.plan.needs.way.kept:
+        return nullcontext()
+    return Spill(job.folder, memory.available() // 2 if job.device.type == "cuda" else 0)
+
+
+def _enter(job: Job, model: Model, batch: int, keep: Keep = list) -> Stream | None:
     """The calibration text before block 0 of a model, `batch` windows at a time."""
     text = job.texts.calibration
-    return None if text is None else Stream.enter(torch.from_numpy(text.ids), model.replay, batch)
+    return None if text is None else Stream.enter(torch.from_numpy(text.ids), model.replay, batch, keep)
 
 
 def _spec(plan: Plan, source: Checkpoint, texts: Texts) -> dict[str, Any]:

@@ -1,32 +1,38 @@
 """Hidden states of a set of windows on their way through the model, a batch at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from llmpare.compress.model.replay import Replay
+from llmpare.compress.spill import Batches
 
 
 class Stream:
     """ids and hidden: one tensor [windows, tokens] and one [windows, tokens, hidden] per batch, on the device.
 
-    A stream stands before some block; `advance` takes it past that block.
+    A stream stands before some block; `advance` takes it past that block. hidden need not lie in memory: see spill.
     """
 
-    def __init__(self, ids: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
+    def __init__(self, ids: Sequence[Tensor], hidden: Batches) -> None:
         self.ids = list(ids)
-        self.hidden = list(hidden)
+        self.hidden = hidden
 
     @classmethod
-    def enter(cls, windows: Tensor, replay: Replay, batch: int) -> "Stream":
-        """The stream before block 0, for windows [windows, tokens], `batch` of them at a time."""
+    def enter(
+        cls, windows: Tensor, replay: Replay, batch: int, keep: Callable[[Iterable[Tensor]], Batches] = list
+    ) -> "Stream":
+        """The stream before block 0, for windows [windows, tokens], `batch` of them at a time.
+
+        keep: makes the list that the hidden states wait in.
+        """
         ids = list(windows.to(replay.device).split(batch))
-        return cls(ids, [replay.embed(part) for part in ids])
+        return cls(ids, keep(replay.embed(part) for part in ids))
 
     def fork(self) -> "Stream":
         """A second stream at the same place; what is shared is never written to."""
-        return Stream(self.ids, self.hidden)
+        return Stream(self.ids, self.hidden.copy())
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -44,7 +50,7 @@ class Stream:
 
     def pick(self, indices: Sequence[int]) -> Tensor:
         """Hidden states [len(indices), tokens, hidden] of some windows, by their number."""
-        size = len(self.hidden[0])  # every batch but the last
+        size = len(self.ids[0])  # every batch but the last
         return torch.stack([self.hidden[index // size][index % size] for index in indices])
 
     def finite(self) -> bool:
@@ -58,7 +64,7 @@ def relative_error(dense: Stream, compressed: Stream, channels: Sequence[int] | 
 
     channels: those of the dense stream that the compressed one has, in order; None for all.
     """
-    miss = torch.zeros((), dtype=torch.float64, device=dense.hidden[0].device)
+    miss = torch.zeros((), dtype=torch.float64, device=dense.ids[0].device)
     norm = torch.zeros_like(miss)
     for a, b in zip(dense.hidden, compressed.hidden, strict=True):
         a = a if channels is None else a[..., channels]

@@ -36,6 +36,11 @@ class Walk:
         self._first = self._load(self._read(self._plan.layout.blocks[0]))
         return tensors
 
+    def head(self) -> None:
+        """Places what logits need once more, after the skeleton has let it go."""
+        with self._clock.phase("read"):
+            self.skeleton.place_head(self._read(tuple(self.skeleton.head())))
+
     def blocks(self) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
         """(index, tensors as they are on disk) of every block in turn; it is loaded until the next is asked for.
 
@@ -46,16 +51,18 @@ class Walk:
         if tensors is None:
             with self._clock.phase("read"):
                 tensors = self._load(self._read(names[0]))
+        ahead = self._plan.needs.way.ahead
         with ThreadPoolExecutor(1, "prefetch") as reader:
             for index in range(len(names)):
-                last = index + 1 == len(names)
-                coming = None if last else reader.submit(self._read, names[index + 1])
+                more = index + 1 < len(names)
+                coming = reader.submit(self._read, names[index + 1]) if more and ahead else None
                 yield index, tensors
+                tensors = {}
                 self.skeleton.unload(index)
                 memory.trim()
-                if coming is not None:
+                if more:
                     with self._clock.phase("read"):
-                        tensors = self._load(coming.result())
+                        tensors = self._load(coming.result() if coming is not None else self._read(names[index + 1]))
 
     def _load(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         self.skeleton.place(tensors)

@@ -88,7 +88,8 @@ class Replay:
         """
         shape = tuple(hidden.shape[:2])
         if shape not in self._calls:
-            self.embed(torch.zeros(shape, dtype=torch.long, device=self.device))
+            with _embedding(self._skeleton.model.get_input_embeddings(), hidden):
+                self.embed(torch.zeros(shape, dtype=torch.long, device=self.device))
         call, block = self._calls[shape][index], self._skeleton.blocks[index]
         args = (hidden, *call.args) if call.positional else ()
         kwargs = call.kwargs if call.positional else {"hidden_states": hidden, **call.kwargs}
@@ -105,7 +106,8 @@ class Replay:
         """
         model = self._skeleton.model
         positions = torch.arange(start, end, device=hidden.device)
-        with self._replaced(lambda index, args, kwargs: hidden), float32_head(model.get_output_embeddings()):
+        inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+        with self._replaced(lambda index, args, kwargs: hidden), _embedding(inner, hidden), float32_head(outer):
             logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
         return logits.float()
 
@@ -159,6 +161,21 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return type(a) is type(b)
+
+
+@contextmanager
+def _embedding(module: nn.Module, like: Tensor) -> Iterator[None]:
+    """Within the context, embeddings that were unloaded give zeros: what they put out is looked at by nobody."""
+    weight = module.weight
+    if not isinstance(weight, Tensor) or not weight.is_meta:
+        yield
+        return
+    width = weight.shape[1]
+    module.forward = lambda ids: like.new_zeros(*ids.shape, width)
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class Skeleton:
         for buffer in self.model.buffers():
             if not buffer.is_meta:
                 buffer.data = buffer.data.to(device)
+        self._tied = False
         self._check_linears(layout)
 
     def place(self, tensors: Mapping[str, Tensor]) -> None:
@@ -127,10 +128,29 @@ class Skeleton:
     def unload(self, index: int) -> None:
         """Frees the block's weights. Buffers stay: some are made when the model is built and are not in any file."""
         for module in self.blocks[index].modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    empty = torch.empty_like(parameter, device="meta")
-                    module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+            for name in module._parameters:
+                _unload(module, name)
+
+    def unload_outside(self) -> None:
+        """Frees the weights of the embeddings and of the head, by far the largest of all that is no block."""
+        embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        self._tied = head is not None and head.weight is embeddings.weight
+        for module in (embeddings, head):
+            if module is not None:
+                _unload(module, "weight")
+
+    def head(self) -> list[str]:
+        """Names on disk of what `unload_outside` freed and logits need."""
+        module = self.model.get_input_embeddings() if self._tied else self.model.get_output_embeddings()
+        slots = {name: target.rpartition(".") for name, target in self.names.items()}
+        return [n for n, (owner, _, leaf) in slots.items()
+                if leaf == "weight" and self.model.get_submodule(owner) is module]  # fmt: skip
+
+    def place_head(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts those tensors back where they belong."""
+        self.place(tensors)
+        if self._tied:
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
     def inside(self, index: int) -> dict[str, str]:
         """Checkpoint tensor name → parameter name within block `index`."""
@@ -203,6 +223,12 @@ class Skeleton:
         why = self.mixtures([linear])[0].misfit(linear, self._slot(linear))
         if why:
             raise _unsupported(architecture, why)
+
+
+def _unload(module: nn.Module, name: str) -> None:
+    parameter = module._parameters[name]
+    if parameter is not None:
+        module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def _unsupported(architecture: str, why: str) -> UnsupportedError:

@@ -41,7 +41,7 @@ def look(plan: MaskPlan, walk: Walk, model: Model, calibration: Stream | None, c
     linears = Linears(plan, model, clock)
     text = _first(calibration, _LEARNED)
     sample = _first(calibration, SAMPLE)
-    ids, dense = torch.cat(sample.ids), torch.cat(sample.hidden)
+    ids, dense = torch.cat(sample.ids), torch.cat(list(sample.hidden))
     others: list[Tensor] = []  # the sample's hidden states, once for every part that has been pruned
     found: list[dict[str, Any]] = []
     with closing(walk.blocks()) as blocks:

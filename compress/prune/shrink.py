@@ -93,7 +93,7 @@ class ShrinkBlocks:
         writers = Writers(self._models.dense, index, modules, calibration)
         with self._clock.phase("advance"):
             writers.follow(dense)
-        found = writers.moments(together=self._plan.sequential)
+        found = writers.moments(together=self._plan.needs.way.together)
         while True:
             with self._clock.phase("calibrate"):
                 name, moments = next(found, (None, None))

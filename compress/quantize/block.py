@@ -43,18 +43,20 @@ class QuantizeBlocks:
         return {}
 
     def treat(
-        self, index: int, source: Mapping[str, Tensor], calibration: Stream | None, dense: Stream | None
+        self, index: int, source: dict[str, Tensor], calibration: Stream | None, dense: Stream | None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Quantizes block `index`, which is loaded with its original weights, and leaves it compressed.
 
-        source: its tensors as they are on disk. calibration: the stream of the model compressed so far, or None for
-        a method that looks at no text. dense: the original model's stream, when `wants_dense`. Both are advanced
-        past the block, as far as there is one after it. Returns the tensors that replace the linears' weights, and
-        facts for the report.
+        source: its tensors as they are on disk; those that are replaced are taken out. calibration: the stream of the
+        model compressed so far, or None for a method that looks at no text. dense: the original model's stream, when
+        `wants_dense`. Both are advanced past the block, as far as there is one after it. Returns the tensors that
+        replace the linears' weights, and facts for the report.
         """
         linears = {n.name: n for n in self._plan.layout.of_block(index) if self._plan.schemes[n] is not None}
         solved: dict[str, Solved] = {}
         errors: dict[str, float] = {}
+        notes: dict[str, list[dict[str, str]]] = {}
+        tensors: dict[str, Tensor] = {}
         wanted = list(linears.values())
         tally = Tally()
         for group, statistics in self._linears.groups(index, wanted, calibration, dense, with_drift=self._wants_drift):
@@ -64,20 +66,25 @@ class QuantizeBlocks:
                     self._solve(stack, weights, statistics, solved, errors)
                 for linear in group:
                     self._linears.put(linear, self._plan.format.weight(linear, solved[linear.name]))
+                    notes[linear.name] = solved[linear.name].notes
                 tally.note(group, statistics)
+            if self._tuner is None:  # nobody looks at these weights again: their memory is needed for the next ones
+                with self._clock.phase("pack"):
+                    for linear in group:
+                        tensors.update(self._encode(linear, solved.pop(linear.name)))
+                        source.pop(linear.weight, None)  # not there if experts share a tensor
         gains: dict[str, Tensor] = {}
         if self._tuner is not None and calibration is not None and dense is not None:
             with self._clock.phase("tune"):
                 gains = self._tune(index, linears, source, solved, calibration, dense)
             for name, linear in linears.items():
                 self._linears.put(linear, self._plan.format.weight(linear, solved[name]))
+                tensors.update(self._encode(linear, solved[name]))
             self._model.skeleton.place(gains)
         self._linears.advance(index, calibration)
         with self._clock.phase("pack"):
-            tensors = self._encode(linears, solved)
             tensors = join(wanted, tensors, source)
-        facts = self._facts(linears, solved, errors)
-        return {**tensors, **gains}, tally.added(facts)
+        return {**tensors, **gains}, tally.added(self._facts(linears, notes, errors))
 
     def restore(self, index: int, stored: Mapping[str, Tensor]) -> None:
         """Puts the weights that `stored`, the block's tensors in the output, stand for into the loaded block."""
@@ -100,7 +107,8 @@ class QuantizeBlocks:
     ) -> None:
         scheme, grid = self._plan.quantized[stack[0]], self._grid(stack[0])
         size = stack[0].columns if scheme.group_size == PER_CHANNEL else scheme.group_size
-        result = self._solver(torch.cat(list(weights)), statistics, grid, size, **self._solver_options)
+        whole = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+        result = self._solver(whole, statistics, grid, size, **self._solver_options)
         start = 0
         for linear, weight in zip(stack, weights, strict=True):
             part = result.rows(start, start + linear.rows)
@@ -151,15 +159,11 @@ class QuantizeBlocks:
         scheme = self._plan.quantized[linear]
         return IntGrid(scheme.bits, scheme.symmetric, DTYPES[self._plan.format.scale_dtype(linear)])
 
-    def _encode(self, linears: Mapping[str, Linear], solved: Mapping[str, Solved]) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for name, linear in linears.items():
-            scheme = self._plan.quantized[linear]
-            tensors.update(self._plan.format.encode(linear, scheme, solved[name]))
-        return tensors
+    def _encode(self, linear: Linear, solved: Solved) -> Mapping[str, Tensor]:
+        return self._plan.format.encode(linear, self._plan.quantized[linear], solved)
 
     def _facts(
-        self, linears: Mapping[str, Linear], solved: Mapping[str, Solved], errors: Mapping[str, float]
+        self, linears: Mapping[str, Linear], notes: Mapping[str, list[dict[str, str]]], errors: Mapping[str, float]
     ) -> dict[str, Any]:
         quantized = self._plan.quantized
         return {
@@ -174,7 +178,7 @@ class QuantizeBlocks:
                 }
                 for name, linear in linears.items()
             ],
-            "fallbacks": [{"name": name, **note} for name in linears for note in solved[name].notes],
+            "fallbacks": [{"name": name, **note} for name in linears for note in notes[name]],
         }
 
 

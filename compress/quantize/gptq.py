@@ -31,24 +31,36 @@ def solve(
     """
     gram = statistics.gram
     order = gram.diagonal().argsort(descending=True, stable=True)
-    factor, used = linalg.factorise(gram[order][:, order], damping)
+    factor, used = linalg.factorise(gram, damping, order)
     if factor is None:
         solved = rtn.solve(weight, statistics, grid, group_size)
         cause = f"Gram matrix not positive definite, damping tried up to {used:g}"
         solved.notes.append({"cause": cause, "action": "weighted round-to-nearest"})
         return solved
-    damped = linalg.damp(gram, used)
     if correction and statistics.drift is not None:
         weight = linalg.correct(weight, factor[:, order.argsort()], statistics.drift, correction)
-    weight = weight.masked_fill(linalg.dead_columns(gram), 0.0)
-    scale, zero = grid.search(weight, gram.diagonal(), group_size)
-    codes = propagate(weight, factor, order, scale, zero, grid, group_size)
-    for _ in range(int(rounds)):
-        scale = refine.refit_scales(weight, damped, codes, scale, zero, grid)
-        codes = refine.coordinate_descent(
-            weight, damped, order, codes, scale, zero, grid, group_size, sweeps=int(sweeps)
-        )
-    solved = Solved(codes.to(torch.uint8), scale, zero)
+    dead = linalg.dead_columns(gram)
+    rows, columns = weight.shape
+    solved = Solved.empty(rows, columns, group_size, weight.device)
+    step = rows_at_once(weight)
+    parts = [slice(start, start + step) for start in range(0, rows, step)]
+    for part in parts:
+        alive = weight[part].masked_fill(dead, 0.0)
+        scale, zero = grid.search(alive, gram.diagonal(), group_size)
+        codes = propagate(alive, factor, order, scale, zero, grid, group_size)
+        solved.codes[part], solved.scale[part], solved.zero[part] = codes.to(torch.uint8), scale, zero
+    del factor
+    if rounds:
+        with linalg.damped(gram, used) as damped:
+            for part in parts:
+                alive = weight[part].masked_fill(dead, 0.0)
+                codes, scale, zero = solved.codes[part].float(), solved.scale[part], solved.zero[part]
+                for _ in range(int(rounds)):
+                    scale = refine.refit_scales(alive, damped, codes, scale, zero, grid)
+                    codes = refine.coordinate_descent(
+                        alive, damped, order, codes, scale, zero, grid, group_size, sweeps=int(sweeps)
+                    )
+                solved.codes[part], solved.scale[part] = codes.to(torch.uint8), scale
     if used != damping:
         solved.notes.append(
             {
@@ -57,6 +69,15 @@ def solve(
             }
         )
     return solved
+
+
+_WEIGHTS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}  # solved together: a dozen float32 copies of them are alive
+
+
+def rows_at_once(weight: Tensor) -> int:
+    """How many rows of a weight are solved together: rows do not see each other, and take memory each."""
+    most = _WEIGHTS_AT_ONCE.get(weight.device.type, _WEIGHTS_AT_ONCE["cpu"])
+    return max(1, most // weight.shape[1])
 
 
 _BLOCK = 32  # columns whose error is propagated one by one; everything to their right waits for one matrix product

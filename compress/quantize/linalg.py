@@ -3,10 +3,14 @@
 H = XᵀX / tokens is the Gram matrix of a linear's inputs, [columns, columns], symmetric, float32.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 MAX_DAMPING = 1.0  # times the mean diagonal; past that the Gram matrix no longer says anything
+_PANEL = 256  # rows or columns worked on at once: enough to keep a processor busy, little beside the whole
 
 
 def dead_columns(gram: Tensor) -> Tensor:
@@ -16,37 +20,96 @@ def dead_columns(gram: Tensor) -> Tensor:
 
 def damp(gram: Tensor, damping: float) -> Tensor:
     """H + damping · mean(diag H) · I, with 1 on the diagonal of dead columns. A new tensor."""
+    matrix = gram.clone()
+    matrix.diagonal().copy_(_damped_diagonal(gram, damping))
+    return matrix
+
+
+@contextmanager
+def damped(gram: Tensor, damping: float) -> Iterator[Tensor]:
+    """Within the context H itself is what `damp` gives: of 16,000 columns, another matrix takes a gigabyte."""
+    diagonal = gram.diagonal().clone()
+    gram.diagonal().copy_(_damped_diagonal(gram, damping))
+    try:
+        yield gram
+    finally:
+        gram.diagonal().copy_(diagonal)
+
+
+def _damped_diagonal(gram: Tensor, damping: float) -> Tensor:
     diagonal = gram.diagonal()
     alive = diagonal != 0
     mean = diagonal.sum() / alive.sum().clamp(min=1)
-    damped = gram.clone()
-    damped.diagonal().copy_(torch.where(alive, diagonal + damping * mean, torch.ones_like(diagonal)))
-    return damped
+    return torch.where(alive, diagonal + damping * mean, torch.ones_like(diagonal))
+
+
+def permuted(matrix: Tensor, order: Tensor) -> Tensor:
+    """matrix[order][:, order], with nothing of its size besides the result."""
+    found = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+    for start in range(0, len(order), _PANEL):
+        found[start : start + _PANEL] = matrix[order[start : start + _PANEL]][:, order]
+    return found
 
 
 def inverse_factor(matrix: Tensor) -> Tensor | None:
     """R, upper triangular, with H⁻¹ = Rᵀ·R: `cholesky(inverse(H), upper=True)` by one factorisation, not two.
 
-    With J the reversal of indices, L = cholesky(J·H·J) and U = J·L·J is upper triangular with H = U·Uᵀ; so R = U⁻¹.
-    None when the matrix is not positive definite, or holds NaN or infinities.
+    With J the reversal of indices, L = cholesky(J·H·J) and U = J·L·J is upper triangular with H = U·Uᵀ; so R = U⁻¹,
+    or J·L⁻¹·J. None when the matrix is not positive definite, or holds NaN or infinities.
     """
-    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    return _inverse_factor_(matrix.flip(0, 1))
+
+
+def _inverse_factor_(matrix: Tensor) -> Tensor | None:
+    """The same for J·H·J, contiguous, in its own memory."""
+    lower, failed = matrix.t(), torch.empty((), dtype=torch.int32, device=matrix.device)  # LAPACK works on columns
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
     if int(failed) != 0:
         return None
-    upper = lower.flip(0, 1)
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    factor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    sound = torch.isfinite(factor).all() & (factor.diagonal() > 0).all()  # the root of 1/∞ is 0
+    invert_(lower)
+    _reverse_(matrix)
+    factor = matrix.t()
+    sound = factor.sum().isfinite() & (factor.diagonal() > 0).all()  # the root of 1/∞ is 0
     return factor if bool(sound) else None
 
 
-def factorise(gram: Tensor, damping: float) -> tuple[Tensor | None, float]:
+def invert_(lower: Tensor) -> None:
+    """A lower triangular matrix becomes its inverse, a panel of columns at a time from the right.
+
+    With L = [[A, 0], [B, C]] and C inverted already, L⁻¹ = [[A⁻¹, 0], [−C⁻¹·B·A⁻¹, C⁻¹]].
+    """
+    identity = torch.eye(min(_PANEL, len(lower)), dtype=lower.dtype, device=lower.device)
+    for start in reversed(range(0, len(lower), _PANEL)):
+        end = min(start + _PANEL, len(lower))
+        corner = lower[start:end, start:end]
+        inverse = torch.linalg.solve_triangular(corner, identity[: end - start, : end - start], upper=False)
+        lower[end:, start:end] = (lower[end:, end:] @ (lower[end:, start:end] @ inverse)).neg_()
+        corner.copy_(inverse)
+
+
+def _reverse_(matrix: Tensor) -> None:
+    """J·M·J in the memory of M."""
+    count = len(matrix)
+    for start in range(0, count // 2, _PANEL):
+        top = slice(start, min(start + _PANEL, count // 2))
+        bottom = slice(count - top.stop, count - top.start)
+        matrix[top], matrix[bottom] = matrix[bottom].flip(0, 1), matrix[top].flip(0, 1)
+    if count % 2:
+        matrix[count // 2] = matrix[count // 2].flip(0)
+
+
+def factorise(gram: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor | None, float]:
     """(R, damping used): the inverse factor of the damped Gram, with ten times the damping for every failure.
 
-    R is None when even MAX_DAMPING does not make it positive definite.
+    order: the sequence of columns that R is for, the present one if it is not given. R is None when even MAX_DAMPING
+    does not make it positive definite. Takes no more memory than R.
     """
+    order = torch.arange(len(gram), device=gram.device) if order is None else order
+    backwards = order.flip(0)
     while True:
-        factor = inverse_factor(damp(gram, damping))
+        matrix = permuted(gram, backwards)
+        matrix.diagonal().copy_(_damped_diagonal(gram, damping)[backwards])
+        factor = _inverse_factor_(matrix)
         if factor is not None or damping >= MAX_DAMPING:
             return factor, damping
         damping = more(damping)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmpare.compress.grid import IntGrid
+from llmpare.compress.quantize import linalg
 
 _BLOCK = 32  # columns looked at one by one before the gradient of all others is brought up to date
 
@@ -39,7 +40,7 @@ def coordinate_descent(
     grids = grid.columns(order, scale, zero, group_size)
     offset = zero.repeat_interleave(group_size, dim=1)
     centred = (codes - offset).t()[order]  # [columns, rows]: one contiguous row per step
-    gram = gram[order][:, order]
+    gram = linalg.permuted(gram, order)
     quantized = ((codes - offset) * scale.repeat_interleave(group_size, dim=1)).t()[order]
     gradient = gram @ (weight.t()[order] - quantized)  # [columns, rows]
     del quantized

@@ -19,7 +19,7 @@ from transformers import (
 from llmpare.compress import memory
 from llmpare.compress.errors import InputError, LlmpareError, MemoryLimitError, OutputError, UsageError
 from llmpare.compress.model.layout import SUPPORTED
-from llmpare.compress.plan import Plan, check_room, plan_quantize
+from llmpare.compress.plan import Plan, plan_quantize, within_room
 from llmpare.compress.progress import Silent
 from llmpare.compress.request import NO_TEXT, PER_CHANNEL, LayerRule, Scheme, TextSpec
 from llmpare.compress.run import run_quantize
@@ -137,6 +137,7 @@ def test_every_tensor_has_a_fate(llama: Path) -> None:
         "source_bytes": sum(size for _, _, size in headers(llama).values()),
         "output_bytes": plan(llama, rules=rules).output_bytes,
         "memory_bytes": plan(llama, rules=rules).needs.memory,
+        "least_memory_bytes": plan(llama, rules=rules).needs.least,
         "disk_bytes": plan(llama, rules=rules).output_bytes,
         "warnings": [],
     }
@@ -350,29 +351,43 @@ def test_names_that_are_not_there(llama: Path) -> None:
 
 def test_enough_room(llama: Path, tmp_path: Path) -> None:
     planned = plan(llama, tmp_path / "out")
-    check_room(planned, planned.needs.memory)
-    check_room(plan(llama, tmp_path / "out", max_memory=planned.needs.memory), 64 * GIB)
+    assert within_room(planned, planned.needs.memory).needs.way.lines() == []
+    limited = plan(llama, tmp_path / "out", max_memory=planned.needs.memory)
+    assert within_room(limited, 64 * GIB).needs.memory == planned.needs.memory
 
 
-def test_too_little_memory(llama: Path, tmp_path: Path) -> None:
+def test_less_room_is_done_with_until_nothing_more_can_be_given_up(llama: Path, tmp_path: Path) -> None:
     planned = plan(llama, tmp_path / "out", calibration=TextSpec(nsamples=4096, seqlen=256))
-    room = planned.needs.memory - 2**20
+    least = planned.needs.least
+    assert least < planned.needs.memory / 2
+    ways = []
+    for room in (planned.needs.memory - 1, least):
+        fitted = within_room(planned, room)
+        assert fitted.needs.memory <= room
+        assert fitted.specs == planned.specs
+        assert fitted.sequential == planned.sequential
+        ways.append(fitted.needs.way)
+    assert not ways[-1].kept
+    assert fitted.needs.spilled >= 4096 * 256 * 64 * 2
     with pytest.raises(MemoryLimitError, match="there is .* available") as caught:
-        check_room(planned, room)
-    assert memory.show(planned.needs.memory) in str(caught.value)
-    fit = int(caught.value.hint.split()[1])
-    assert caught.value.hint == f"--nsamples {fit} fits"
-    assert 4000 < fit < 4096
-    check_room(plan(llama, tmp_path / "out", calibration=TextSpec(nsamples=fit, seqlen=256)), room)
-    with pytest.raises(MemoryLimitError):
-        check_room(plan(llama, tmp_path / "out", calibration=TextSpec(nsamples=fit + 1, seqlen=256)), room)
+        within_room(planned, least - 1)
+    assert f"needs at least {memory.show(least)}" in str(caught.value)
+    assert "larger machine" in caught.value.hint
 
 
 def test_a_limit_is_a_limit(llama: Path, tmp_path: Path) -> None:
     planned = plan(llama, tmp_path / "out", max_memory=2**20)
     with pytest.raises(MemoryLimitError, match=r"there is --max-memory 1 MiB") as caught:
-        check_room(planned, 64 * GIB)
-    assert "no number of windows fits" in caught.value.hint
+        within_room(planned, 64 * GIB)
+    assert "--max-memory" in caught.value.hint
+
+
+def test_disk_for_what_memory_has_no_room_for(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan(llama, tmp_path / "out", calibration=TextSpec(nsamples=4096, seqlen=256))
+    monkeypatch.setattr("llmpare.compress.plan.disk_free", lambda out: planned.output_bytes + 2**20)
+    within_room(planned, planned.needs.memory)
+    with pytest.raises(OutputError, match="hidden states .* need .* of disk"):
+        within_room(planned, planned.needs.least)
 
 
 def test_too_little_disk(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +400,7 @@ def test_too_little_disk(llama: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("llmpare.compress.plan.disk_free", free)
     with pytest.raises(OutputError, match="the output needs .* of disk") as caught:
-        check_room(planned, 64 * GIB)
+        within_room(planned, 64 * GIB)
     assert str(tmp_path / "deep" / "out") in str(caught.value)
     assert "-o" in caught.value.hint
     assert asked == [tmp_path / "deep" / "out"]
@@ -420,4 +435,4 @@ def test_plans_are_quick_for_large_models(tmp_path: Path) -> None:
     assert len(planned.quantized) == 560
     assert 4.12 < planned.linear_bits < 4.13
     assert 35 * GIB < planned.output_bytes < 38 * GIB
-    assert 5 * GIB < planned.needs.memory < planned.source_bytes / 2
+    assert 5 * GIB < planned.needs.least < planned.needs.memory < planned.source_bytes / 2

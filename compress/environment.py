@@ -11,13 +11,17 @@ from llmpare.compress.clock import Clock
 from llmpare.compress.version import VERSION
 
 
-def cost(clock: Clock, device: torch.device) -> dict[str, Any]:
-    """The report's `cost` section."""
+def cost(
+    clock: Clock, device: torch.device, predicted: int | None = None, weights_read: int | None = None
+) -> dict[str, Any]:
+    """The report's `cost` section. predicted: bytes of memory. weights_read: bytes of the source, as often as read."""
     return {
         "seconds": {name: round(seconds, 3) for name, seconds in clock.seconds.items()},
         "total_seconds": round(clock.total(), 3),
         "peak_rss_bytes": memory.peak_resident(),
         "peak_device_bytes": devices.peak(device),
+        "predicted_memory_bytes": predicted,
+        "weights_read_bytes": weights_read,
     }
 
 

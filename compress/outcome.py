@@ -88,7 +88,7 @@ def describe(job: Job, done: Done) -> dict[str, Any]:
         "fallbacks": fallbacks,
         "warnings": warnings,
         "gates": checked,
-        "cost": cost(job.clock, job.device),
+        "cost": cost(job.clock, job.device, plan.needs.memory, job.source.bytes_read),
         "environment": environment(job.device),
     }
 

@@ -112,6 +112,8 @@ def report() -> dict[str, Any]:
             "total_seconds": 7.9,
             "peak_rss_bytes": 640_000_000,
             "peak_device_bytes": None,
+            "predicted_memory_bytes": 700_000_000,
+            "weights_read_bytes": 11_600_000,
         },
         "environment": {
             "llmpare": "0.1.0",

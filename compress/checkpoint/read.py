@@ -50,6 +50,7 @@ class Checkpoint:
 
     config: config.json as it is. tensors: by name, in the order of shard and offset. files: every other file to carry
     over, as POSIX paths relative to the folder, sorted. digests: the sha256 of every tensor that was read.
+    bytes_read: of tensors, each as often as it was read.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Checkpoint:
         self.tensors = tensors
         self.files = _other_files(folder)
         self.digests: dict[str, str] = {}
+        self.bytes_read = 0
         self._shards = shards
 
     @classmethod
@@ -101,6 +103,7 @@ class Checkpoint:
         tensor = self.tensors[name]
         shard = self._shards[tensor.shard]
         data = read_at(shard.fd, tensor.start, tensor.nbytes, shard.path)
+        self.bytes_read += len(data)
         digest = hashlib.sha256(data).hexdigest()
         if self.digests.setdefault(name, digest) != digest:
             raise InputError(f"{shown(shard.path)}: tensor {shown(name)} changed while it was in use", _LEAVE_ALONE)

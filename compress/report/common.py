@@ -29,6 +29,17 @@ def concerns(report: Section) -> list[str]:
     return lines
 
 
+def _predicted(cost: Section) -> str:
+    """What the plan had said, and whether that was far off."""
+    predicted = cost["predicted_memory_bytes"]
+    if predicted is None:
+        return ""
+    measured = cost["peak_rss_bytes"] if cost["peak_device_bytes"] is None else cost["peak_device_bytes"]
+    off = measured / predicted - 1 if predicted else 0.0
+    far = "" if -0.25 <= off <= 0 else f", which is {show.percent(off, signed=True)} off"
+    return f", where the plan said {show.size(predicted)}{far}"
+
+
 def cost(cost: Section) -> list[str]:
     """Time and memory."""
     device = cost["peak_device_bytes"]
@@ -39,7 +50,7 @@ def cost(cost: Section) -> list[str]:
     return [
         "## Cost",
         "",
-        f"{show.duration(cost['total_seconds'])} and at most {memory}.",
+        f"{show.duration(cost['total_seconds'])} and at most {memory}{_predicted(cost)}.",
         "",
         *table(("phase", "time"), rows, right="1"),
     ]

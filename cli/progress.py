@@ -25,7 +25,7 @@ class Watcher:
         figures = "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in facts.items())
         elapsed = self._clock() - self._begun
         left = elapsed / (index + 1) * (total - index - 1)
-        ahead = f", about {show.duration(left)} left" if self._output.live and left >= 1 else ""
+        ahead = f", about {show.duration(left)} left" if (self._output.live or index == 0) and left >= 1 else ""
         self._show(f"{self._phase}: block {index + 1} of {total}{figures}{ahead}")
 
     def step(self, done: int, total: int, left: float, facts: Mapping[str, float]) -> None:

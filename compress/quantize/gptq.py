@@ -50,17 +50,19 @@ def solve(
         codes = propagate(alive, factor, order, scale, zero, grid, group_size)
         solved.codes[part], solved.scale[part], solved.zero[part] = codes.to(torch.uint8), scale, zero
     del factor
-    if rounds:
-        with linalg.damped(gram, used) as damped:
-            for part in parts:
-                alive = weight[part].masked_fill(dead, 0.0)
-                codes, scale, zero = solved.codes[part].float(), solved.scale[part], solved.zero[part]
-                for _ in range(int(rounds)):
-                    scale = refine.refit_scales(alive, damped, codes, scale, zero, grid)
-                    codes = refine.coordinate_descent(
-                        alive, damped, order, codes, scale, zero, grid, group_size, sweeps=int(sweeps)
-                    )
-                solved.codes[part], solved.scale[part] = codes.to(torch.uint8), scale
+    diagonal = linalg.damp_(gram, used)
+    try:
+        for part in parts if rounds else ():
+            alive = weight[part].masked_fill(dead, 0.0)
+            codes, scale, zero = solved.codes[part].float(), solved.scale[part], solved.zero[part]
+            for _ in range(int(rounds)):
+                scale = refine.refit_scales(alive, gram, codes, scale, zero, grid)
+                codes = refine.coordinate_descent(
+                    alive, gram, order, codes, scale, zero, grid, group_size, sweeps=int(sweeps)
+                )
+            solved.codes[part], solved.scale[part] = codes.to(torch.uint8), scale
+    finally:
+        gram.diagonal().copy_(diagonal)
     if used != damping:
         solved.notes.append(
             {

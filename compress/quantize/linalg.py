@@ -3,9 +3,6 @@
 H = XᵀX / tokens is the Gram matrix of a linear's inputs, [columns, columns], symmetric, float32.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -25,15 +22,11 @@ def damp(gram: Tensor, damping: float) -> Tensor:
     return matrix
 
 
-@contextmanager
-def damped(gram: Tensor, damping: float) -> Iterator[Tensor]:
-    """Within the context H itself is what `damp` gives: of 16,000 columns, another matrix takes a gigabyte."""
-    diagonal = gram.diagonal().clone()
+def damp_(gram: Tensor, damping: float) -> Tensor:
+    """H itself becomes what `damp` gives: of 16,000 columns, another matrix takes a gigabyte. Returns its diagonal."""
+    before = gram.diagonal().clone()
     gram.diagonal().copy_(_damped_diagonal(gram, damping))
-    try:
-        yield gram
-    finally:
-        gram.diagonal().copy_(diagonal)
+    return before
 
 
 def _damped_diagonal(gram: Tensor, damping: float) -> Tensor:

@@ -177,9 +177,9 @@ def test_memory_is_planned_for_one_block_and_one_expert(tmp_path: Path) -> None:
         model = write(tmp_path / f"{count}", "qwen3_moe", settings={"num_experts": count})
         needs.append(plan_quantize(asked(model, "dense")).needs)
     few, many = needs
-    assert (many.statistics, many.forward, many.solving) == (few.statistics, few.forward, few.solving)
+    assert (many.statistics, many.solving) == (few.statistics, few.solving)
     assert many.waiting_per_token == few.waiting_per_token
+    assert many.forward_per_token == few.forward_per_token
     block = 64 * 3 * 128 * 128 * 2
     assert many.memory - few.memory < 6 * block
     assert many.memory < PROCESS + 2**27
-    assert many.apart > 15 * few.apart

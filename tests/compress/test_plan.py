@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, LENGTH, TINY_LLAMA, request, save, write
+from families import LENGTH, TINY_LLAMA, request, save, write
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -18,7 +18,6 @@ from transformers import (
 
 from llmpare.compress import memory
 from llmpare.compress.errors import InputError, LlmpareError, MemoryLimitError, OutputError, UsageError
-from llmpare.compress.model.layout import SUPPORTED
 from llmpare.compress.plan import Plan, plan_quantize, within_room
 from llmpare.compress.progress import Silent
 from llmpare.compress.request import NO_TEXT, PER_CHANNEL, LayerRule, Scheme, TextSpec
@@ -208,27 +207,6 @@ def test_planning_needs_no_torch(llama: Path) -> None:
 
 
 # --- what is refused
-
-MIXTURE = {"num_experts_per_tok": 2, "pad_token_id": 0}
-SMALL = {**FAMILIES["llama"].settings, "vocab_size": 64}
-UNFIT: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4, **MIXTURE},
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 128, **MIXTURE},
-    "gpt_oss": {"num_local_experts": 4, **MIXTURE},
-    "qwen3_next": {"num_experts": 4, "moe_intermediate_size": 128, **MIXTURE},
-    "recurrent_gemma": {},
-}
-
-
-@pytest.mark.parametrize("kind", UNFIT)
-def test_structures_that_do_not_fit_are_refused_by_name(kind: str, tmp_path: Path) -> None:
-    settings = {name: value for name, value in SMALL.items() if name != "rope_parameters"}
-    config = AutoConfig.for_model(kind, **settings, **UNFIT[kind])
-    model = AutoModelForCausalLM.from_config(config)
-    message = refusal(InputError, save(model, tmp_path))
-    assert message.startswith(f"architecture {type(model).__name__} is not supported: model.layers.0.")
-    assert "is part of a mixture of experts" in message
-    assert message.endswith(f"supported: {SUPPORTED}")
 
 
 def test_other_kinds_of_models_are_refused_by_name(llama: Path, tmp_path: Path) -> None:

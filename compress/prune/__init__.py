@@ -15,12 +15,16 @@ REFIT = "refit"
 
 @dataclass(frozen=True)
 class Method:
-    """solver: 'module:function'. refit: whether the weights that stay are refitted unless the user says otherwise."""
+    """solver: 'module:function'. refit: whether the weights that stay are refitted unless the user says otherwise.
+
+    corrects: whether the solver itself lets them make up for those that leave.
+    """
 
     solver: str
     options: Mapping[str, float] = field(default_factory=dict)
     refit: bool = False
     needs_text: bool = True
+    corrects: bool = True
 
     @property
     def defaults(self) -> dict[str, float]:
@@ -30,8 +34,8 @@ class Method:
 
 DEFAULT = "alps"
 METHODS: dict[str, Method] = {
-    "magnitude": Method("magnitude:solve", needs_text=False),
-    "wanda": Method("wanda:solve"),
+    "magnitude": Method("magnitude:solve", needs_text=False, corrects=False),
+    "wanda": Method("wanda:solve", corrects=False),
     "sparsegpt": Method("sparsegpt:solve", {"damping": 0.01}, refit=True),
     "alps": Method("alps:solve", {"damping": 0.01, "iterations": 20}, refit=True),
 }

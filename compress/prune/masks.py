@@ -14,22 +14,20 @@ from torch import Tensor
 class Quota:
     """How many weights stay in each of several linears that are solved as one stack of rows.
 
-    rows, sparsity: of every linear, from the top. The share of zeros counts over the whole linear or, by_row, in each
-    of its rows. pattern (n, m): instead, n weights stay in every m consecutive columns of a row.
+    rows, sparsity: of every linear, from the top. The share of zeros counts over the whole linear. pattern (n, m):
+    instead, n weights stay in every m consecutive columns of a row.
     """
 
     rows: Sequence[int]
     sparsity: Sequence[float]
     pattern: tuple[int, int] | None = None
-    by_row: bool = False
 
     def keep(self, score: Tensor) -> Tensor:
         """The mask for a stack, or for some of its columns; with a pattern, for whole groups of them."""
         if self.pattern is not None:
             return n_of_m(score, *self.pattern)
         parts = score.split(list(self.rows))
-        choose = largest_of_row if self.by_row else largest
-        return torch.cat([choose(part, 1 - zeros) for part, zeros in zip(parts, self.sparsity, strict=True)])
+        return torch.cat([largest(part, 1 - zeros) for part, zeros in zip(parts, self.sparsity, strict=True)])
 
     def block(self, columns: int) -> int:
         """The least number of columns from `columns` that `keep` can be asked about at once."""
@@ -46,12 +44,6 @@ def largest(score: Tensor, share: float) -> Tensor:
     mask, ties = score > limit, score == limit
     need = count - mask.sum()
     return mask | (ties & (ties.flatten().cumsum(0).view_as(ties) <= need))
-
-
-def largest_of_row(score: Tensor, share: float) -> Tensor:
-    """The same in every row."""
-    best = score.topk(round(share * score.shape[1]), dim=1).indices
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, True)
 
 
 def n_of_m(score: Tensor, n: int, m: int) -> Tensor:

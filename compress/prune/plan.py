@@ -126,7 +126,8 @@ def plan_masks(request: MaskRequest) -> MaskPlan:
     """The plan of a run that sets weights to zero. Raises for everything that cannot work and can be known now."""
     method = prune.find(request.method)
     form = formats.find(request.format)
-    wants = method.needs_text or dict(request.options)[prune.REFIT] or request.then or request.allocation == MEASURED
+    options = dict(request.options)
+    wants = method.needs_text or options[prune.REFIT] or request.then or request.allocation == MEASURED
     if request.calibration.dataset == NO_TEXT and wants:
         raise UsageError(
             f"--method {request.method} as asked for needs calibration text",
@@ -146,11 +147,16 @@ def plan_masks(request: MaskRequest) -> MaskPlan:
         copies = _COPIES_THEN if request.then else _COPIES[request.method]
         followed = _PARTS * len(found.blocks) * max(SAMPLE, subject.seqlen) if request.allocation == MEASURED else 0
         work = Work(*copies, followed=followed)
+        needs = needs_of(checkpoint, found, request, work, dtype=subject.dtype, seqlen=subject.seqlen)
+        if not (method.corrects or options[prune.REFIT] or request.then):
+            needs = replace(
+                needs, waiting_per_token=0
+            )  # what earlier linears lost, later ones could only take as given
         plan = MaskPlan(
             **vars(subject),
             request=request,
             specs=tuple(stored_specs(checkpoint, found, schemes, form)),
-            needs=needs_of(checkpoint, found, request, work, dtype=subject.dtype, seqlen=subject.seqlen),
+            needs=needs,
             warnings=(*idle_patterns(request.ignore, found), *(form.notes(schemes) if request.then else ())),
             schemes=schemes,
             format=form,

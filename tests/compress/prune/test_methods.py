@@ -50,10 +50,20 @@ def test_magnitude() -> None:
 
 def test_wanda() -> None:
     weight, gram = problem()
+    weight[3] = 0  # a row that says nothing
     found = solve("wanda", weight, gram, Quota((24,), (0.6,)))
     score = weight.double().abs() * gram.double().diagonal().sqrt()
-    assert torch.equal(found.keep, score > score.sort(1).values[:, [23]])
+    below = torch.where(score[:, None] <= score[:, :, None], score[:, None], 0.0)
+    share = below.sum(2) / score.sum(1, keepdim=True).clamp(min=1e-9)
+    assert torch.equal(found.keep, share > share.flatten().sort().values[round(0.6 * weight.numel()) - 1])
     assert torch.equal(found.weight, torch.where(found.keep, weight, 0.0))
+
+
+def test_wanda_with_a_pattern_is_that_of_its_paper() -> None:
+    weight, gram = problem()
+    quota = Quota((24,), (0.5,), (2, 4))
+    score = weight.abs() * gram.diagonal().sqrt()
+    assert torch.equal(solve("wanda", weight, gram, quota).keep, quota.keep(score))
 
 
 def optimal_brain_surgeon(weight: Tensor, gram: Tensor, block: int, keep_of: Quota) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ iterates solves those linears and puts the new weights in place before asking fo
 
 `sequential` pauses every batch at each shared input until its linears are solved, and goes on with the new weights:
 one forward for everything, later linears see the errors of earlier ones, and the stream ends past the block. What
-waits costs memory: the widest activation of every token. `parallel` runs the block once with the weights it has, one
-batch at a time, and leaves the stream where it was.
+waits costs memory: the widest activation of every token. It is built on `stages`, which is the pauses alone.
+`parallel` runs the block once with the weights it has, one batch at a time, and leaves the stream where it was.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from llmpare.compress import memory, routing
@@ -23,6 +22,7 @@ from llmpare.compress.gram import Gram, shared_inputs, watched
 from llmpare.compress.grid import Statistics
 from llmpare.compress.model.experts import Mixture, Routed
 from llmpare.compress.model.replay import Replay
+from llmpare.compress.stages import staged
 from llmpare.compress.streams import Stream
 
 Groups = Iterator[tuple[list[str], Statistics]]
@@ -68,44 +68,22 @@ def sequential(replay: Replay, index: int, inputs: Inputs, stream: Stream, *, to
     """
     memory.trim()
     groups, modules, readers = _groups(replay, index, inputs, stream), inputs.modules, inputs.readers
-    hub = getcurrent()
-
-    def travel(batch: int) -> None:
-        stream.hidden[batch] = replay.run(index, stream.hidden[batch])
-
-    travellers = [greenlet(travel) for _ in range(len(stream))]
-
-    def arrivals(stage: int) -> Iterator[tuple[int, Tensor | Routed] | None]:
-        """Where each batch is after `stage` inputs: (group, what flows in), None past the block."""
-        for batch, traveller in enumerate(travellers):
-            if together:
-                yield traveller.switch() if stage else traveller.switch(batch)
+    stages = staged(replay, index, modules, groups, stream, together=together)
+    with inputs.opened():
+        for stage, (names, waiting) in enumerate(stages):
+            first = next(waiting)
+            if isinstance(first.input, Routed):
+                flows = [first.input, *(traveller.input for traveller in waiting)]
+                yield from routing.learn(flows, readers[names[0]], everything=inputs.everything)
+                del flows
                 continue
-            lonely = greenlet(travel)
-            place = lonely.switch(batch)
-            for _ in range(stage):
-                place = lonely.switch()
-            yield place
-            lonely.throw()  # nothing of it is kept; past the block there is nothing left to end
-
-    with inputs.opened(), watched(modules, groups, lambda group, x: hub.switch((group, x))):
-        for stage in range(len(groups) + 1):
-            gram: Gram | None = None
-            flows: list[Routed] = []
-            for place in arrivals(stage):
-                x = None if place is None else place[1]
-                if isinstance(x, Routed):
-                    flows.append(x)
-                elif x is not None:
-                    gram = gram or Gram(x.shape[-1], x.device)
-                    gram.add(x)
-            place = x = None  # only the travellers still need their inputs
-            if flows:
-                yield from routing.learn(flows, readers[groups[stage][0]], everything=inputs.everything)
-            elif gram is not None:
-                yield groups[stage], gram.statistics()
-                if stage == len(groups) - 2:  # before the last, usually the widest input
-                    memory.trim()
+            gram = Gram(first.input.shape[-1], first.input.device)
+            gram.add(first.input)
+            for traveller in waiting:
+                gram.add(traveller.input)
+            yield list(names), gram.statistics()
+            if stage == len(groups) - 2:  # before the last, usually the widest input
+                memory.trim()
 
 
 @torch.no_grad()

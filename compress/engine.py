@@ -56,6 +56,13 @@ class Treatment(Protocol):
         """Puts what an earlier run stored for this block in a form that is no plain weight into the output's model."""
         ...
 
+    def follow(self, index: int, facts: Mapping[str, Any], stored: Mapping[str, Tensor], calibration: Stream) -> None:
+        """Takes calibration past a block that an earlier run has treated and that is restored, to where `treat` did.
+
+        facts, stored: what `treat` returned, and the block's tensors by output name.
+        """
+        ...
+
 
 @dataclass
 class Streams:
@@ -160,10 +167,10 @@ class Pass:
                 with self._clock.phase("advance"):
                     streams.calibration_dense.advance(dense, index)
             with self._clock.phase("read"):
-                self._restore(index)
+                stored = self._restore(index)
             if streams.calibration is not None and index < self._last():
                 with self._clock.phase("advance"):
-                    self._advance(streams.calibration, index)
+                    self._treatment.follow(index, done["facts"], stored, streams.calibration)
             return done, True
         made, facts = self._treatment.treat(index, tensors, streams.calibration, streams.calibration_dense)
         with self._clock.phase("write"):
@@ -181,12 +188,13 @@ class Pass:
         blocks = range(len(self._plan.layout.blocks))
         return max((index for index in blocks if _unit(index) not in self._journal.done), default=-1)
 
-    def _restore(self, index: int) -> None:
-        """Loads what became of a block from the output instead of the source."""
+    def _restore(self, index: int) -> dict[str, Tensor]:
+        """Loads what became of a block from the output instead of the source, and returns its tensors."""
         specs = self._plan.specs_of(index)
         stored = {name: to_tensor(self._writer.read(name), spec.dtype, spec.shape) for name, spec in specs.items()}
         self._models.output.skeleton.place(stored)
         self._treatment.restore(index, stored)
+        return stored
 
     def _read_back(self, index: int) -> None:
         """Raises OutputError unless the block, read from the output, is what ran in memory, to the last bit."""

@@ -6,12 +6,12 @@ with itself once, however many linears read it.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmpare.compress.grid import Statistics
+from llmpare.compress.hooks import before
 
 _STRIPS = 8  # that H is computed in, each up to the diagonal only: 9/16 of the full square
 _SMALLEST = 256  # columns; narrower strips do not keep a processor busy
@@ -77,7 +77,7 @@ def shared_inputs(linears: Mapping[str, nn.Module], forward: Callable[[], object
         else:
             groups[group].append(name)
 
-    with _watched(linears, look):
+    with before(linears, look):
         forward()
     return groups
 
@@ -88,21 +88,5 @@ def watched(
 ) -> Iterator[None]:
     """Within the context, every forward calls see(group, input) when it reaches the first linear of a group."""
     first = {names[0]: group for group, names in enumerate(groups)}
-    with _watched({name: linears[name] for name in first}, lambda name, x: see(first[name], x)):
+    with before({name: linears[name] for name in first}, lambda name, x: see(first[name], x)):
         yield
-
-
-@contextmanager
-def _watched(linears: Mapping[str, nn.Module], see: Callable[[str, Tensor], object]) -> Iterator[None]:
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-            see(name, args[0])
-
-        return look
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -44,7 +44,7 @@ class MaskBlocks:
     wants_dense = False
 
     def __init__(self, plan: MaskPlan, models: Models, clock: Clock) -> None:
-        self._plan, self._clock = plan, clock
+        self._plan, self._model, self._clock = plan, models.output, clock
         self._linears = Linears(plan, models.output, clock)
         method, options = prune.find(plan.request.method), dict(plan.request.options)
         module, _, function = method.solver.partition(":")
@@ -81,6 +81,10 @@ class MaskBlocks:
     def restore(self, index: int, stored: Mapping[str, Tensor]) -> None:
         """Puts the weights that packed codes stand for into the loaded block."""
         put_stored(self._plan, self._linears, index, stored)
+
+    def follow(self, index: int, facts: Mapping[str, Any], stored: Mapping[str, Tensor], calibration: Stream) -> None:
+        """See engine.Treatment."""
+        calibration.advance(self._model.replay, index)
 
     def _solve(
         self, stack: Sequence[Linear], source: Mapping[str, Tensor], statistics: Statistics | None

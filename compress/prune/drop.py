@@ -32,6 +32,10 @@ class DropExperts:
     def restore(self, index: int, stored: Mapping[str, Tensor]) -> None:
         """See engine.Treatment: what is stored is plain weights, which are in place already."""
 
+    def follow(self, index: int, facts: Mapping[str, Any], stored: Mapping[str, Tensor], calibration: Stream) -> None:
+        """See engine.Treatment."""
+        calibration.advance(self._models.output.replay, index)
+
     def treat(
         self, index: int, source: Mapping[str, Tensor], calibration: Stream | None, dense: Stream | None
     ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from llmpare.compress.gram import shared_inputs
+from llmpare.compress.hooks import after, before
 from llmpare.compress.model.models import Model
-from llmpare.compress.prune.writers import Moments, Sums, after, before, flat, is_sum
+from llmpare.compress.prune.writers import Moments, Sums, flat, is_sum, lacking
+from llmpare.compress.stages import Traveller, staged
 from llmpare.compress.streams import Stream
 
 
@@ -35,7 +37,7 @@ class Refit:
         self._inputs: list[dict[str, Tensor]] = []  # of readers, per batch
         self._outputs: list[dict[str, Tensor]] = []  # of writers, in the channels that remain
         self._lacks: list[Tensor] = []
-        self._adds_up = True
+        self._adds_up = False
 
     @torch.no_grad()
     def follow(self, dense: Stream, calibration: Stream, channels: Tensor) -> dict[str, Moments]:
@@ -53,7 +55,8 @@ class Refit:
             for name, out in outputs.items():
                 target = flat(out).float()
                 sums.setdefault(name, Sums(fed[name], target)).add(fed[name], target)
-            self._adds_up = self._adds_up and is_sum(entered, [flat(out) for out in outputs.values()], left)
+            if batch == 0:
+                self._adds_up = is_sum(entered, [flat(out) for out in outputs.values()], left)
             self._inputs.append({name: flat(x) for name, x in inputs.items()})
             self._outputs.append({name: flat(out)[:, channels] for name, out in outputs.items()})
             entered_small = calibration.hidden[batch]
@@ -69,36 +72,30 @@ class Refit:
         modules: Mapping[str, nn.Module],
         rows: Mapping[str, Tensor],
         calibration: Stream,
+        *,
+        together: bool,
     ) -> Iterator[tuple[str, Moments]]:
         """The moments of every linear of the small model, in order of use; put the new weight in place at once.
 
-        modules: its linears, which have weights already. rows: of the dense readers' outputs, those that remain. One
-        forward for all linears that share an input. The calibration stream stays where it is.
+        modules: its linears, which have weights already. rows: of the dense readers' outputs, those that remain. Then
+        the calibration stream is past the block. together: see stages.staged.
         """
-        past: dict[str, nn.Module] = {}
-        for names in shared_inputs(modules, lambda: small.replay.run(place, calibration.hidden[0][:1])):
+        groups = shared_inputs(modules, lambda: small.replay.run(place, calibration.hidden[0][:1]))
+        noted = {name: modules[name] for name in self._writes}
+        for names, waiting in staged(small.replay, place, modules, groups, calibration, together=together, noted=noted):
             sums: dict[str, Sums] = {}
-            for batch, hidden in enumerate(calibration.hidden):
-                seen: dict[str, Tensor] = {}
-                written: dict[str, Tensor] = {}
-                coming = {name: modules[name] for name in names}
-                with before(coming, seen.__setitem__), after(past, written.__setitem__):
-                    small.replay.run(place, hidden)
+            for traveller in waiting:
                 for name in names:
-                    target = self._target(name, batch, written, rows)
-                    sums.setdefault(name, Sums(seen[name], target)).add(seen[name], target)
+                    target = self._target(name, traveller, rows)
+                    sums.setdefault(name, Sums(traveller.input, target)).add(traveller.input, target)
             for name in names:
                 yield name, sums[name].means()
-            past |= {name: modules[name] for name in names if name in self._writes}
 
-    def _target(self, name: str, batch: int, written: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Tensor:
-        """What a linear ought to put out for a batch, [tokens, rows]. written: what writers before it have put out."""
+    def _target(self, name: str, traveller: Traveller, rows: Mapping[str, Tensor]) -> Tensor:
+        """What a linear ought to put out for a batch, [tokens, rows]."""
+        batch = traveller.batch
         if name not in self._writes:
             out: Tensor = self._modules[name](self._inputs[batch][name])
             return out[:, rows[name]].float()
-        target = self._outputs[batch][name].float()
-        if self._adds_up:
-            target = target + self._lacks[batch]
-            for earlier, put_out in written.items():
-                target += self._outputs[batch][earlier].float() - flat(put_out).float()
-        return target
+        outputs = self._outputs[batch]
+        return lacking(outputs, name, self._lacks[batch], traveller.written) if self._adds_up else outputs[name].float()

@@ -53,12 +53,14 @@ class Units:
         return [run.start + u * run.size + i for run in self.rows[name] for u in units for i in range(run.size)]
 
 
-@dataclass(frozen=True)
-class Parts:
-    """One block. heads: one unit per KV group, with all query heads that share it."""
+def mask_of(kept: Sequence[int]) -> str:
+    """Numbers of units as a hexadecimal number: bit u, from the least, is set if unit u is among them."""
+    return f"{sum(1 << u for u in kept):x}"
 
-    ffn: Units
-    heads: Units
+
+def kept_of(mask: str) -> list[int]:
+    """The numbers again, ascending."""
+    return [u for u, bit in enumerate(reversed(f"{int(mask, 16):b}")) if bit == "1"]
 
 
 def hidden_size(config: Mapping[str, Any], found: Layout) -> int:

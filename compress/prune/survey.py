@@ -12,6 +12,7 @@ from llmpare.compress.clock import Clock
 from llmpare.compress.errors import InputError
 from llmpare.compress.estimate import logit_tokens
 from llmpare.compress.evaluate.fidelity import score
+from llmpare.compress.hooks import before
 from llmpare.compress.linears import Linears
 from llmpare.compress.model.models import Model
 from llmpare.compress.prune import depth, hidden, target
@@ -19,7 +20,6 @@ from llmpare.compress.prune.decide import EDGES, possible_channels, possible_gro
 from llmpare.compress.prune.structure import Units
 from llmpare.compress.prune.surgery import ShrinkPlan
 from llmpare.compress.prune.target import Curve
-from llmpare.compress.prune.writers import before
 from llmpare.compress.streams import Stream
 from llmpare.compress.walk import Walk
 

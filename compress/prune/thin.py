@@ -17,7 +17,8 @@ from llmpare.compress.linears import Linears
 from llmpare.compress.model.layout import Linear
 from llmpare.compress.model.models import Models
 from llmpare.compress.prune.hidden import Refit
-from llmpare.compress.prune.shrink import centred, choose, missed, solve
+from llmpare.compress.prune.narrow import centred, choose, missed, solve
+from llmpare.compress.prune.slices import sliced
 from llmpare.compress.prune.structure import Units
 from llmpare.compress.prune.surgery import ShrinkPlan
 from llmpare.compress.prune.writers import Moments
@@ -49,6 +50,12 @@ class ThinBlocks:
     def restore(self, index: int, stored: Mapping[str, Tensor]) -> None:
         """See engine.Treatment: what is stored is plain weights, which are in place already."""
 
+    def follow(self, index: int, facts: Mapping[str, Any], stored: Mapping[str, Tensor], calibration: Stream) -> None:
+        """See engine.Treatment."""
+        place = self._plan.place_of(index)
+        if place is not None:
+            calibration.advance(self._models.output.replay, place)
+
     def treat(
         self, index: int, source: Mapping[str, Tensor], calibration: Stream | None, dense: Stream | None
     ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
@@ -70,12 +77,9 @@ class ThinBlocks:
             original = refit.follow(dense, calibration, self._channels.to(dense.hidden[0].device))
         with self._clock.phase("solve"):
             units = [(u, self._units(u, keep, source, original[u.writer.name])) for u, keep in kinds]
-        made = {name: self._cut(name, self._slice(name, tensor, units)) for name, tensor in source.items()}
+        made = {name: self._cut(name, sliced(name, tensor, units)) for name, tensor in source.items()}
         self._place(index, made)
         facts = self._refit(index, place, refit, linears, units, made, calibration)
-        if index != self._plan.blocks[-1]:
-            with self._clock.phase("advance"):
-                calibration.advance(self._models.output.replay, place)
         return {self._plan.renamed(name, index): tensor for name, tensor in made.items()}, facts
 
     def _refit(
@@ -89,7 +93,7 @@ class ThinBlocks:
             for u, kept in units for name in u.rows if name.endswith(".weight")
         }  # fmt: skip
         modules = {n: output.skeleton.module(self._plan.renamed(f"{n}.", index).removesuffix(".")) for n in linears}
-        found = refit.moments(output, place, modules, rows, calibration)
+        found = refit.moments(output, place, modules, rows, calibration, together=self._plan.needs.way.together)
         facts: list[dict[str, Any]] = []
         while True:
             with self._clock.phase("calibrate"):
@@ -136,16 +140,6 @@ class ThinBlocks:
 
         solve(weight, bias, moments, pick)
         return kept
-
-    def _slice(self, name: str, tensor: Tensor, units: list[tuple[Units, list[int]]]) -> Tensor:
-        """A tensor of the block with the rows or columns of the units that remain."""
-        for u, kept in units:
-            stored_across = u.writer.transposed and tensor.ndim == 2
-            if name == u.writer.weight:
-                return tensor.index_select(0 if stored_across else 1, torch.tensor(u.kept_columns(kept)))
-            if name in u.rows:
-                return tensor.index_select(1 if stored_across else 0, torch.tensor(u.kept_rows(name, kept)))
-        return tensor
 
     def _cut(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor with the residual channels that remain."""

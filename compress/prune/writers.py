@@ -9,17 +9,16 @@ so that every writer makes up for what earlier ones lost, in this block and in a
 between, such as a norm after the writer, the target is what the dense writer puts out.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from llmpare.compress.gram import Gram, shared_inputs
+from llmpare.compress.hooks import after
 from llmpare.compress.model.models import Model
+from llmpare.compress.stages import Traveller, staged
 from llmpare.compress.streams import Stream
 
 
@@ -48,8 +47,7 @@ class Writers:
         self._modules = {name: modules[name] for names in groups for name in names}
         self._outputs: list[dict[str, Tensor]] = []
         self._lacks: list[Tensor] = []  # per batch: dense stream − compressed stream, [tokens, hidden]
-        self._batch = 0  # the one that is on its way
-        self.add_up = True
+        self._adds_up = False
 
     @torch.no_grad()
     def follow(self, dense: Stream) -> None:
@@ -60,69 +58,46 @@ class Writers:
                 left = self._replay.run(self._index, entered)
             self._outputs.append({name: flat(out) for name, out in outputs.items()})
             self._lacks.append(flat(entered).float() - flat(self._calibration.hidden[batch]).float())
-            self.add_up = self.add_up and is_sum(entered, self._outputs[-1].values(), left)
+            if batch == 0:
+                self._adds_up = is_sum(entered, self._outputs[0].values(), left)
             dense.hidden[batch] = left
 
     @torch.no_grad()
-    def moments(self, *, together: bool) -> Iterator[tuple[str, Moments]]:
-        """The moments of one writer after the other; whoever iterates puts its new weight in place at once.
+    def moments(self, wanted: Collection[str], *, together: bool) -> Iterator[tuple[str, Moments]]:
+        """The moments of one wanted writer after the other; whoever iterates puts its new weight in place at once.
 
-        together: all batches wait at each writer, one forward in all, which costs the memory of their activations;
-        otherwise one forward per writer. The calibration stream stays where it is.
+        Then the calibration stream is past the block. together: see stages.staged.
         """
-        yield from self._together() if together else self._apart()
+        stages = [[name] for name in self._modules if name in wanted]
+        for (name,), waiting in staged(
+            self._replay, self._index, self._modules, stages, self._calibration, together=together, noted=self._modules
+        ):
+            sums: Sums | None = None
+            for traveller in waiting:
+                target = self._target(name, traveller)
+                sums = sums or Sums(traveller.input, target)
+                sums.add(traveller.input, target)
+            assert sums is not None
+            yield name, sums.means()
 
-    def _together(self) -> Iterator[tuple[str, Moments]]:
-        hub = getcurrent()
-        batches = range(len(self._calibration))
-
-        def travel(batch: int) -> None:
-            self._replay.run(self._index, self._calibration.hidden[batch])
-
-        with before(self._modules, lambda name, x: hub.switch((name, x))), after(self._modules, self._written):
-            travellers = [greenlet(travel) for _ in batches]
-            waiting = [traveller.switch(batch) for batch, traveller in enumerate(travellers)]
-            for stage in range(1, len(self._modules) + 1):
-                name = waiting[0][0]
-                total = Sums(waiting[0][1], self._target(name, 0))
-                for batch, (_, x) in enumerate(waiting):
-                    total.add(x, self._target(name, batch))
-                del x, waiting
-                yield name, total.means()
-                waiting = []
-                for batch, traveller in enumerate(travellers):
-                    self._batch = batch
-                    if stage < len(self._modules):
-                        waiting.append(traveller.switch())
-                    else:
-                        traveller.throw()  # nobody waits for what lies past the last writer
-
-    def _apart(self) -> Iterator[tuple[str, Moments]]:
-        previous: str | None = None
-        for name, module in self._modules.items():
-            total: Sums | None = None
-            for batch, hidden in enumerate(self._calibration.hidden):
-                self._batch = batch
-                seen: dict[str, Tensor] = {}
-                known = {} if previous is None else {previous: self._modules[previous]}
-                with after(known, self._written), before({name: module}, seen.__setitem__):
-                    self._replay.run(self._index, hidden)
-                target = self._target(name, batch)
-                total = total or Sums(seen[name], target)
-                total.add(seen[name], target)
-            assert total is not None
-            yield name, total.means()
-            previous = name
-
-    def _target(self, name: str, batch: int) -> Tensor:
+    def _target(self, name: str, traveller: Traveller) -> Tensor:
         """What writer `name` ought to put out for a batch, [tokens, rows]."""
-        output = self._outputs[batch][name].float()
-        return output + self._lacks[batch] if self.add_up else output
+        outputs = self._outputs[traveller.batch]
+        if not self._adds_up:
+            return outputs[name].float()
+        return lacking(outputs, name, self._lacks[traveller.batch], traveller.written)
 
-    def _written(self, name: str, out: Tensor) -> None:
-        """Notes what a writer with its new weight has put out for the batch on its way."""
-        dense = self._outputs[self._batch][name]
-        self._lacks[self._batch] += dense.float() - flat(out).float()
+
+def lacking(outputs: Mapping[str, Tensor], name: str, entered: Tensor, written: Mapping[str, Tensor]) -> Tensor:
+    """What writer `name` has to add to a stream that then is the dense one, [tokens, rows], float32.
+
+    outputs: of the dense writers. entered: what the stream lacked before the block. written: what its writers have
+    put out so far.
+    """
+    target = outputs[name].float() + entered
+    for earlier, out in written.items():
+        target += outputs[earlier].float() - flat(out).float()
+    return target
 
 
 class Sums:
@@ -137,9 +112,10 @@ class Sums:
 
     def add(self, x: Tensor, target: Tensor) -> None:
         x = flat(x)
-        self._gram.add(x)
-        self._cross.addmm_(target.t(), x.float())
-        self._inputs += x.sum(0, dtype=torch.float32)
+        wide = x.float()
+        self._gram.add(x if x.is_cuda else wide)
+        self._cross.addmm_(target.t(), wide)
+        self._inputs += wide.sum(0)
         self._targets += target.sum(0)
         self._square += target.square().sum(dtype=torch.float64)
 
@@ -166,33 +142,3 @@ def is_sum(entered: Tensor, outputs: Iterable[Tensor], left: Tensor) -> bool:
     miss = adds - torch.stack([out.float() for out in outputs]).sum(0)
     rounding = 4 * torch.finfo(left.dtype).eps ** 2 * left.float().square().sum()
     return bool(miss.square().sum() <= 0.01 * adds.square().sum() + rounding)
-
-
-@contextmanager
-def before(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """Within the context, see(name, input) is called when a module begins."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: (see(name, args[0]), None)[1]
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def after(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """Within the context, see(name, output) is called when a module has ended."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        return lambda module, args, out: (see(name, out), None)[1]
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

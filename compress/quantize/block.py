@@ -90,6 +90,10 @@ class QuantizeBlocks:
         """Puts the weights that `stored`, the block's tensors in the output, stand for into the loaded block."""
         put_stored(self._plan, self._linears, index, stored)
 
+    def follow(self, index: int, facts: Mapping[str, Any], stored: Mapping[str, Tensor], calibration: Stream) -> None:
+        """See engine.Treatment."""
+        calibration.advance(self._model.replay, index)
+
     def _stacks(self, linears: Sequence[Linear]) -> list[list[Linear]]:
         """Linears of one shared input by scheme: each stack is solved as one matrix."""
         stacks: dict[Scheme | None, list[Linear]] = {}

@@ -1,7 +1,12 @@
-"""Row 29 of the fault table: the real command, killed at every operation that changes the disk, one after the other."""
+"""Row 29 of the fault table: the real command, dying at every operation that changes the disk, one after the other.
+
+What a death leaves is what is on the disk at that moment, so one run shows all of it: its folder is copied wherever
+it changes. Some processes are killed for real, to see that this is what they leave.
+"""
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +18,8 @@ import tiny
 
 from llmpare.compress.checkpoint.publish import verify
 
-SIDE_BY_SIDE = 2  # processes; each kills at its share of the points
+SIDE_BY_SIDE = 2  # processes; each takes up its share of what deaths have left
+KILLED = 25  # every so many states, the run is killed for real where it leaves them
 
 
 @pytest.fixture(scope="module")
@@ -22,61 +28,78 @@ def zygotes() -> Iterator[list[tiny.Zygote]]:
         yield [running.enter_context(tiny.Zygote()) for _ in range(SIDE_BY_SIDE)]
 
 
+def files(folder: Path) -> dict[str, int]:
+    """The size of every file; the journal and the reports hold clocks."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: 0 if "report" in name or "journal" in name else path.stat().st_size for name, path in found.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "torn"),
+    ("kind", "options", "blocks", "every"),
     [
-        (("--method", "gptq", "--rounds", "1"), False),
-        (("--method", "tuned", "--rounds", "0", "--steps", "3"), True),
+        (tiny.quantize, ("--method", "gptq", "--rounds", "1"), 2, 1),
+        # what follows differs in how a block is taken up, not in how files are written
+        (tiny.quantize, ("--method", "tuned", "--rounds", "0", "--steps", "3"), 2, 3),
+        (tiny.prune, ("--ffn", "0.5", "--round-to", "16", "--drop-layers", "1"), 3, 3),
+        (tiny.prune, ("--hidden", "0.75", "--round-to", "8"), 2, 5),
     ],
-    ids=["gptq", "tuned, writes torn in half"],
+    ids=["gptq", "tuned", "channels and a block", "residual channels"],
 )
 def test_29_killed_at_every_durable_operation(
     zygotes: list[tiny.Zygote],
     tmp_path: Path,
+    kind: Callable[..., list[str]],
     options: tuple[str, ...],
-    torn: bool,
+    blocks: int,
+    every: int,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """After each death OUT is absent or complete, and the same command makes it what an undisturbed run makes it."""
-    model, text = tiny.llama(tmp_path / "model", hidden=32, inner=64), tiny.texts(tmp_path)
-    undisturbed = tmp_path / "undisturbed" / "out"
-    assert zygotes[0].run(tiny.quantize(model, undisturbed, text, *options)).code == 0
-    expected = tiny.contents(undisturbed)
+    """After each death OUT is absent or complete, and the same command makes it what an undisturbed run makes it.
 
-    def kill(zygote: tiny.Zygote, points: Sequence[int]) -> dict[int, int | None]:
-        """Runs that are killed at these points and run again, up to the first that is over before.
+    every: one in so many deaths is looked at.
+    """
+    model, text = tiny.llama(tmp_path / "model", blocks=blocks, hidden=32, inner=64), tiny.texts(tmp_path)
+    parent, copies = tmp_path / "undisturbed", tmp_path / "copies"
+    parent.mkdir()
+    assert zygotes[0].states(kind(model, parent / "out", text, *options), parent, copies).code == 0
+    expected = tiny.contents(parent / "out")
+    states = sorted(copies.iterdir(), key=lambda state: (int(state.name.split("-")[0]), state.name))
+    record_property("states", len(states))
+    print(len(states), "states")
+    assert len(states) > 60
+    assert any("torn" in state.name for state in states)
 
-        Returns for each point the number of blocks that the second run took up, None if it had none to compress.
-        """
-        taken_up: dict[int, int | None] = {}
-        for point in points:
-            out = tmp_path / str(point) / "out"
-            command = tiny.quantize(model, out, text, *options)
-            killed = zygote.run(command, signum=signal.SIGKILL, at=point, torn=torn)
-            assert killed.code in (0, -signal.SIGKILL), killed.err
+    for state in [state for state in states if "torn" not in state.name][KILLED::KILLED]:
+        killed = tmp_path / "killed" / "out"
+        killed.parent.mkdir()
+        ended = zygotes[0].run(kind(model, killed, text, *options), signum=signal.SIGKILL, at=int(state.name))
+        assert ended.code == -signal.SIGKILL, ended.err
+        assert files(killed.parent) == files(state)
+        shutil.rmtree(killed.parent)
+
+    def take_up(zygote: tiny.Zygote, share: Sequence[Path]) -> dict[Path, int | None]:
+        """Runs the command on each state. Returns the blocks it took up, None if it had none to compress."""
+        taken_up: dict[Path, int | None] = {}
+        for state in share:
+            out = state / "out"
             if out.exists():
                 verify(out)
-            again = zygote.run(command)
-            assert again.code == 0, f"killed at operation {point}: {again.err}"
+            again = zygote.run(kind(model, out, text, *options))
+            assert again.code == 0, f"killed at operation {state.name}: {again.err}"
             assert again.out == f"{out}\n"
-            assert tiny.contents(out) == expected, f"killed at operation {point}"
+            assert tiny.contents(out) == expected, f"killed at operation {state.name}"
             assert os.listdir(out.parent) == ["out"]
-            if killed.code == 0:
-                break
-            taken_up[point] = None
+            taken_up[state] = None
             if "compressing" in again.err:
-                blocks = json.loads((out / "report.json").read_bytes())["blocks"]
-                taken_up[point] = sum(block["resumed"] for block in blocks)
+                records = json.loads((out / "report.json").read_bytes())["blocks"]
+                taken_up[state] = sum(record["resumed"] for record in records)
         return taken_up
 
-    shares = [range(1 + share, 10_000, SIDE_BY_SIDE) for share in range(SIDE_BY_SIDE)]
+    states = states[::every]
+    shares = [states[share::SIDE_BY_SIDE] for share in range(SIDE_BY_SIDE)]
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        found = {point: n for part in pool.map(kill, zygotes, shares) for point, n in part.items()}
-    record_property("points", len(found))
-    print(f"{len(found)} points to be killed at")
-    assert len(found) > 100
-    assert sorted(found) == [*range(1, len(found) + 1)], "a point was left out"
-    taken_up = [n for _, n in sorted(found.items()) if n is not None]
+        found = {state: n for part in pool.map(take_up, zygotes, shares) for state, n in part.items()}
+    taken_up = [n for state in states if (n := found[state]) is not None]
     assert taken_up == sorted(taken_up)
-    assert {*taken_up} == {0, 1, 2}
+    assert {*taken_up} == {*range(blocks + 1)}

@@ -1,5 +1,6 @@
 """Models that are compressed in a fraction of a second, and processes to do it in that start in no time."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -13,12 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
+import drawings
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llmpare import calibration_data
 from llmpare.cli.exits import main
+from llmpare.compress.report.page import svg
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-llama"
 HIDDEN, INNER, HEADS, VOCABULARY = 64, 128, 2, 4096
@@ -114,6 +117,13 @@ def quantize(model: Path | str, out: Path | str, text: Text, *more: str) -> list
     ]  # fmt: skip
 
 
+def prune(model: Path | str, out: Path | str, text: Text, *more: str) -> list[str]:
+    """The command line of a short run that removes structure, or sets weights to zero."""
+    command = quantize(model, out, text)
+    at = command.index("--group-size")
+    return ["prune", *command[1:at], *command[at + 2 :], *more]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file but the reports."""
     return {
@@ -169,15 +179,21 @@ class Zygote:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
 
-    def run(
-        self, arguments: Sequence[str], *, signum: int = 0, at: int = 0, torn: bool = False, stdout: str = ""
-    ) -> Ended:
+    def run(self, arguments: Sequence[str], *, signum: int = 0, at: int = 0, stdout: str = "") -> Ended:
         """`llmpare ARGUMENTS`, to its end or, if the signal is SIGSTOP, until `resume`.
 
-        signum: a signal that it gets before its durable operation number `at`, from 1; torn: when half of it is done,
-        if it is a write. stdout: a file to print to; '|' is a pipe whose reader has gone.
+        signum: a signal that it gets before its durable operation number `at`, from 1. stdout: a file to print to;
+        '|' is a pipe whose reader has gone.
         """
-        return self._ask(arguments=list(arguments), signum=signum, at=at, torn=torn, stdout=stdout)
+        return self._ask(arguments=list(arguments), signum=signum, at=at, stdout=stdout)
+
+    def states(self, arguments: Sequence[str], folder: Path, copies: Path) -> Ended:
+        """`llmpare ARGUMENTS` to its end; `folder` is copied wherever a death would leave it in a state of its own.
+
+        These are the states before each durable operation, and those in the middle of each write; copies / N is the
+        first that differs from the one before at operation N, copies / N-torn in the middle of it.
+        """
+        return self._ask(arguments=list(arguments), watched=str(folder), copies=str(copies))
 
     def resume(self) -> Ended:
         """Lets the run that was stopped go on to its end."""
@@ -198,7 +214,8 @@ class Zygote:
 
 
 def _serve() -> None:
-    """The zygote: a request per line of stdin, an Ended per line of stdout."""
+    """The zygote: a request per line of stdin, an Ended per line of stdout. Its reports hold no drawings."""
+    svg.draw = drawings.blank
     with tempfile.TemporaryDirectory() as place:
         _warm_up(Path(place))
         stopped = 0
@@ -229,13 +246,21 @@ def _warm_up(place: Path) -> None:
     shutil.rmtree(place / "out")
 
 
-def _child(place: Path, arguments: list[str], signum: int, at: int, torn: bool, stdout: str) -> NoReturn:
+def _child(
+    place: Path,
+    arguments: list[str],
+    signum: int = 0,
+    at: int = 0,
+    stdout: str = "",
+    watched: str = "",
+    copies: str = "",
+) -> NoReturn:
     status = 255
     try:
         _print_to(1, stdout or str(place / "out"))
         _print_to(2, str(place / "err"))
         sys.stdout, sys.stderr = (os.fdopen(fd, "w", encoding="utf-8") for fd in (1, 2))
-        _interrupt(signum, at, torn)
+        _watch(_copying(Path(watched), Path(copies)) if copies else _interrupting(signum, at))
         status = main(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -253,23 +278,57 @@ def _print_to(fd: int, name: str) -> None:
     os.close(target)
 
 
-def _interrupt(signum: int, at: int, torn: bool) -> None:
-    """Sends this process a signal at its durable operation number `at`. The disk is left to the kernel's cache:
-    a process that dies loses nothing of what is there, and waiting for the disk is what takes the time.
+Before = Callable[[str, tuple[Any, ...]], None]
+
+
+def _watch(before: Before) -> None:
+    """Has before(name, arguments) called at each durable operation of this process. The disk is left to the kernel's
+    cache: a process that dies loses nothing of what is there, and waiting for the disk is what takes the time.
     """
-    left = itertools.count(at - 1, -1)
-    pwrite = os.pwrite
-
-    def before(name: str, arguments: tuple[Any, ...]) -> None:
-        if next(left) == 0:
-            if torn and name == "pwrite":
-                fd, data, offset = arguments
-                pwrite(fd, bytes(data)[: len(data) // 2], offset)
-            os.kill(os.getpid(), signum)
-
     os.fsync = lambda fd: None
     for name in DURABLE:
         setattr(os, name, watched(name, vars(os)[name], before))
+
+
+def _interrupting(signum: int, at: int) -> Before:
+    """Sends this process a signal at its durable operation number `at`."""
+    left = itertools.count(at - 1, -1)
+
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        if next(left) == 0:
+            os.kill(os.getpid(), signum)
+
+    return before
+
+
+def _copying(folder: Path, copies: Path) -> Before:
+    """Copies a folder at every durable operation, unless it is as it was copied last."""
+    numbers, pwrite, last = itertools.count(1), os.pwrite, [b""]
+    copying = [False]
+
+    def copy(name: str) -> None:
+        files = sorted(path for path in folder.rglob("*"))
+        state = hashlib.sha256()
+        for path in files:
+            state.update(f"{path.relative_to(folder)} {path.is_dir()} ".encode())
+            state.update(b"" if path.is_dir() else hashlib.sha256(path.read_bytes()).digest())
+        if state.digest() != last[0]:
+            last[0] = state.digest()
+            shutil.copytree(folder, copies / name)
+
+    def before(name: str, arguments: tuple[Any, ...]) -> None:
+        if copying[0]:
+            return  # the copy's own operations
+        copying[0] = True
+        number = next(numbers)
+        copy(str(number))
+        if name == "pwrite":
+            fd, data, offset = arguments
+            pwrite(fd, bytes(data)[: len(data) // 2], offset)
+            copy(f"{number}-torn")
+        copying[0] = False
+
+    return before
 
 
 _LIMITED = """

@@ -210,8 +210,8 @@ def _attempt(job: Job, writer: CheckpointWriter, journal: Journal, spill: Spill 
         scores = engine.scores(streams)
     summary = fidelity.summarise(scores, str(DTYPES[plan.dtype]))
     stored = {spec.name for spec in plan.specs}
-    packed = [n.name for n in plan.compressed if n.weight not in stored and n.expert is None]
-    eager = output.skeleton.eager(packed)
+    packed = [n.name for n in plan.compressed if n.weight not in stored and n.expert is None] if models.same else []
+    eager = output.skeleton.eager(packed)  # nothing is packed in a model of another shape
     return Done(engine.records, engine.digests, summary, output.skeleton.outside(), eager)
 
 

@@ -34,7 +34,7 @@ pruning of shapes are refused.
 Models published in FP8, as DeepSeek's blocks or by compressed-tensors, or in MXFP4 are decoded tensor by tensor when
 they are read, and compressed anew; so that the output has one precision, what stays dense is stored decoded, too.
 
-## Refused, by name and before any work
+## Refused, by name
 
 | what | why |
 |---|---|
@@ -46,8 +46,7 @@ REFUSED = {
     "models already quantized to integers: GPTQ, AWQ, W4A16": "a second rounding would hide what the first one lost",
     "encoder-decoders: T5, BART, Whisper": "their decoders also read what an encoder puts out",
     "Gemma 3n": "its blocks take arguments that depend on the tokens",
-    "RecurrentGemma, Zamba 2": "their blocks hold matrices that belong to no linear",
-    "Mamba": "a matrix of its blocks is multiplied outside of its linear; `--ignore dt_proj` leaves that dense",
+    "RecurrentGemma": "their blocks hold matrices that belong to no linear",
 }
 
 

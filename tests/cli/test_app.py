@@ -99,6 +99,7 @@ def test_nothing_but_model_and_out(asked: Asked) -> None:
         ("--device cuda:1 --dtype bfloat16", {"device": "cuda:1", "dtype": "bfloat16"}),
         ("--seed 7 --max-memory 16GiB", {"seed": 7, "max_memory": 2**34}),
         ("--revision main --trust-remote-code", {"revision": "main", "trust_remote_code": True}),
+        ("--route-all", {"route_all": True}),
         ("--allow-nonfinite --strict", {"allow_nonfinite": True, "strict": True}),
         ("--force --restart", {"force": True, "restart": True}),
         ("--json --quiet --no-color", {}),

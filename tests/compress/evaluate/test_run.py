@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from llmpare.cli.exits import main
 from llmpare.compress.errors import InputError, MemoryLimitError, OutputError
@@ -281,21 +281,21 @@ def test_padded_vocabularies_are_compared_on_what_they_share(place: Path, text: 
     assert any("4,224 and 4,096" in warning for warning in report["warnings"])
 
 
-def experts(folder: Path, place: Path) -> Path:
-    """A mixture of experts, which does not run block by block."""
+def recurrent(folder: Path, place: Path) -> Path:
+    """A model whose blocks hold matrices that belong to no linear: it does not run block by block."""
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=1,
+    config = RecurrentGemmaConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        lru_width=32, attention_window_size=16, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(folder)
+    RecurrentGemmaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(place / "dense" / name, folder / name)
     return folder
 
 
 def test_what_cannot_be_streamed_is_loaded_whole_and_reported(place: Path, text: TextRequest, tmp_path: Path) -> None:
-    model = experts(tmp_path / "experts", place)
+    model = recurrent(tmp_path / "recurrent", place)
     report = evaluate(EvaluateRequest((str(model),), text=text))
     ids = windows_of(place)
     expected = -torch.log_softmax(logits(model, ids), -1).gather(-1, ids[:, 1:, None])

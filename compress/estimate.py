@@ -19,7 +19,7 @@ from llmpare.compress.model.layout import Layout, Linear, decoder_config, find
 from llmpare.compress.request import NO_TEXT, QuantizeRequest, RunRequest, Scheme
 
 PROCESS = 480 * 2**20  # an interpreter with torch and transformers imported
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # enough to keep the device busy, little enough to stay in its cache
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # enough to keep the device busy, little enough to stay small
 _LOGIT_TOKENS = {"cpu": 512, "cuda": 4096}
 
 

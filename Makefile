@@ -32,5 +32,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): a few minutes, once."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch==2.13.0
-	@$(PIP) -c constraints.txt -e '.[data,dev,eval]'
+	@$(PIP) -c constraints.txt -e '.[data,dev,distill,eval]'
 	@touch $@

@@ -7,7 +7,7 @@ import torch
 
 from llmpare.compress import memory
 from llmpare.compress.errors import LlmpareError, UsageError
-from llmpare.compress.estimate import PROCESS
+from llmpare.compress.estimate import process
 from llmpare.compress.progress import Progress
 
 _Found = TypeVar("_Found")
@@ -30,7 +30,7 @@ def room(device: torch.device) -> int:
     """Bytes a run on this device can have, counted like the estimate of a plan."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + PROCESS  # the process itself is not on the device
+        return free + process()  # the process itself is not on the device
     return memory.available() + memory.resident()
 
 

@@ -9,6 +9,8 @@ import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from llmpare.compress import memory, quantize
@@ -18,7 +20,8 @@ from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.model.layout import Layout, Linear, decoder_config, find
 from llmpare.compress.request import NO_TEXT, QuantizeRequest, RunRequest, Scheme
 
-PROCESS = 480 * 2**20  # an interpreter with torch and transformers imported
+_PROCESS = 480 * 2**20  # an interpreter with torch and transformers imported
+_CUDA_BUILD = 360 * 2**20  # what the libraries of a torch for GPUs take beyond that, on whatever device a run works
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # enough to keep the device busy, little enough to stay small
 _LOGIT_TOKENS = {"cpu": 512, "cuda": 4096}
 
@@ -29,6 +32,15 @@ _COPIES = {"rtn:solve": (3, 0, 0), "gptq:solve": (2, 1, 13)}
 _ROWS_OF = 1 << 23  # weights that are taken at once on the CPU, by the solver and to measure errors
 _TUNED_WEIGHT = 48  # bytes: the weight, its place, offset, gradients and the two moments of Adam
 _TUNED_OUTPUTS = 7  # what automatic differentiation keeps, in units of what the linears put out
+
+
+@cache
+def process() -> int:
+    """Bytes that any run of this installation takes, with torch and transformers imported; imports neither."""
+    torch = find_spec("torch")
+    folders = torch.submodule_search_locations if torch else None
+    built_for_gpus = any(next(Path(folder, "lib").glob("*torch_cuda.*"), None) for folder in folders or ())
+    return _PROCESS + (_CUDA_BUILD if built_for_gpus else 0)
 
 
 def batch_tokens(device: str) -> int:
@@ -252,7 +264,7 @@ def needs_of(
         grams = 2 * max((sum(columns * columns for _, columns in found) for found in stacks), default=0)
     models = 2 if work.twin else 1
     found = Needs(
-        process=PROCESS,
+        process=process(),
         outside=sum(sizes[name] for name in layout.outside) * models,
         head=max((sizes[name] for name in layout.outside), default=0),
         # experts are copied into their place, and what becomes of them waits until all of a block are done

@@ -10,10 +10,11 @@ import torch
 
 from llmpare.cli.exits import main
 from llmpare.compress.checkpoint.write import CheckpointWriter, TensorSpec
-from llmpare.compress.estimate import PROCESS
+from llmpare.compress.estimate import process
 
 MIB = 2**20
 LIMIT = 320 * MIB  # of memory that is private to the process, touched or not, beyond what imports reserve
+SPARE = 96 * MIB  # of what the estimate allows for the process is not taken by imports: stacks and arenas of threads
 BLOCKS, HIDDEN, INNER = 70, 1024, 4096
 
 
@@ -93,7 +94,7 @@ def test_max_memory_is_kept_to_and_the_estimate_is_near(tmp_path: Path, capsys: 
     planned = json.loads(capsys.readouterr().out)
     least = planned["least_memory_bytes"]
     assert least < planned["memory_bytes"] - 32 * MIB
-    done = tiny.limited([*command, "--max-memory", str(least)], least - PROCESS)
+    done = tiny.limited([*command, "--max-memory", str(least)], least - process() + SPARE)
     assert done.returncode == 0, done.stderr[-2000:]
     cost = json.loads(done.stdout)["cost"]
     assert cost["predicted_memory_bytes"] == least

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from llmpare.compress import memory
 from llmpare.compress.distill.defaults import Pace
 from llmpare.compress.distill.request import TEXT_ALONE, DistillRequest
-from llmpare.compress.estimate import PROCESS
+from llmpare.compress.estimate import process
 
 if TYPE_CHECKING:
     from llmpare.compress.distill.plan import Side
@@ -52,7 +52,7 @@ def needs(request: DistillRequest, teacher: "Side", student: "Side", pace: Pace,
     chunk = min(_CHUNK_TOKENS, tokens)
     return Needs(
         device=device,
-        process=PROCESS,
+        process=process(),
         teacher=0 if request.loss == TEXT_ALONE else teacher.parameters * teacher_bytes(request, device),
         student=4 * student.parameters + 12 * trained,
         activations=kept,

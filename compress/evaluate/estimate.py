@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from llmpare.compress import memory
 from llmpare.compress.checkpoint.header import tensor_bytes
 from llmpare.compress.errors import MemoryLimitError, UnsupportedError
-from llmpare.compress.estimate import PROCESS, batch_tokens, logit_tokens
+from llmpare.compress.estimate import batch_tokens, logit_tokens, process
 from llmpare.compress.evaluate.models import Subject
 from llmpare.compress.model.layout import decoder_config, find, layout
 
@@ -40,7 +40,7 @@ def needs(subjects: Sequence[Subject], *, dtype: str, device: str, seqlen: int, 
         hidden = max(hidden, width)
         fixed = max(fixed, at_once * weights + working)
     logits = (2 + 2 * at_once) * logit_tokens(device) * max(subject.vocabulary for subject in subjects) * 4
-    return Needs(PROCESS + fixed + logits, at_once * hidden * size)
+    return Needs(process() + fixed + logits, at_once * hidden * size)
 
 
 def _one(subject: Subject, size: int, device: str, seqlen: int) -> tuple[int, int, int]:

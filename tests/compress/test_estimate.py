@@ -112,7 +112,7 @@ def test_the_estimate_holds_what_is_surely_there(checkpoint: Checkpoint) -> None
     found = needs(checkpoint)
     outside = sum(checkpoint.tensors[name].nbytes for name in layout(checkpoint).outside)
     assert found.outside >= outside
-    assert found.memory > estimate.PROCESS + outside
+    assert found.memory > estimate.process() + outside
     assert found.stream_per_token == checkpoint.config["hidden_size"] * 2
     assert needs(checkpoint, dtype="F32").stream_per_token == checkpoint.config["hidden_size"] * 4
     assert found.statistics == 4 * checkpoint.config["intermediate_size"] ** 2

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmpare.compress import quantize
 from llmpare.compress.errors import InputError, UsageError
-from llmpare.compress.estimate import PROCESS
+from llmpare.compress.estimate import process
 from llmpare.compress.plan import plan_quantize
 from llmpare.compress.progress import Silent
 from llmpare.compress.report import markdown, schema
@@ -182,4 +182,4 @@ def test_memory_is_planned_for_one_block_and_one_expert(tmp_path: Path) -> None:
     assert many.forward_per_token == few.forward_per_token
     block = 64 * 3 * 128 * 128 * 2
     assert many.memory - few.memory < 6 * block
-    assert many.memory < PROCESS + 2**27
+    assert many.memory < process() + 2**27

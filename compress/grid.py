@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_ROWS_IN_CACHE = 1 << 17  # weights per slice of the search: its few temporaries then stay in the L2 cache
+_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}  # weights per slice of the search: few launches, small temporaries
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class IntGrid:
         root = None if importance is None else importance.reshape(-1, group_size).sqrt()
         scale = weight.new_empty(rows, columns // group_size)
         zero = torch.full_like(scale, self.middle)
-        step = max(1, _ROWS_IN_CACHE // columns) if weight.device.type == "cpu" else max(1, 2**26 // columns)
+        step = max(1, _AT_ONCE.get(weight.device.type, _AT_ONCE["cpu"]) // columns)
         for start in range(0, rows, step):
             part = slice(start, start + step)
             find = self._search_symmetric if self.symmetric else self._search_asymmetric
@@ -193,8 +193,15 @@ class IntGrid:
         return chosen, zero
 
     def _error(self, weight: Tensor, root: Tensor | None, scale: Tensor, zero: Tensor) -> Tensor:
-        scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
-        miss = self.quantize(weight, scale, zero).sub_(zero).mul_(scale).sub_(weight)
+        scale = scale.unsqueeze(-1)
+        # not a division: at a tie it may take the other neighbour, whose error is the same
+        code = torch.mul(weight, 1 / scale).round_()
+        if self.symmetric:  # bounds that are numbers are quicker than tensors
+            code.clamp_(-self.middle, self.top - self.middle)
+        else:
+            zero = zero.unsqueeze(-1)
+            code.add_(zero).clamp_(0, self.top).sub_(zero)
+        miss = torch.addcmul(weight, code, scale, value=-1, out=code)
         if root is not None:
             miss.mul_(root)
         size: Tensor = torch.linalg.vector_norm(miss, dim=-1)

@@ -78,7 +78,11 @@ class Streams:
 
 
 class Pass:
-    """One pass over a model. digests: sha256 of every output tensor. records: facts of every block, in order."""
+    """One pass over a model. digests: sha256 of every output tensor. records: facts of every block, in order.
+
+    foreseen: seconds that the run takes from beginning to end, if every block to come takes as long as the first one
+    that was treated; None before that.
+    """
 
     def __init__(
         self,
@@ -95,6 +99,7 @@ class Pass:
         self._models, self._treatment, self._clock, self._progress = models, treatment, clock, progress
         self.digests: dict[str, str] = {}
         self.records: list[dict[str, Any]] = []
+        self.foreseen: float | None = None
         self._check_journal()
 
     def outside(self, source: Mapping[str, Tensor]) -> None:
@@ -129,6 +134,8 @@ class Pass:
                 if not self._models.same and place is not None:
                     self._models.output.skeleton.unload(place)
                 seconds = self._clock.total() - begun
+                if self.foreseen is None and not resumed:
+                    self.foreseen = self._clock.total() + seconds * (total - index - 1)
                 facts = {"index": index, "relative_error": error, "seconds": seconds, "resumed": resumed}
                 self.records.append({**facts, **record["facts"]})
                 self._progress.block(index, total, {"relative_error": error, "seconds": seconds})

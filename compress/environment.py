@@ -1,6 +1,7 @@
 """What every report says of the run itself: what it took, and what it ran on."""
 
 import platform
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +12,35 @@ from llmpare.compress.clock import Clock
 from llmpare.compress.version import VERSION
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What a run was said to take: bytes of memory and of weight files, and seconds once its first block was done."""
+
+    memory: int
+    files: int
+    seconds: float | None
+
+
 def cost(
-    clock: Clock, device: torch.device, predicted: int | None = None, weights_read: int | None = None
+    clock: Clock,
+    device: torch.device,
+    predicted: Prediction | None = None,
+    *,
+    read: int | None = None,
+    written: int | None = None,
 ) -> dict[str, Any]:
-    """The report's `cost` section. predicted: bytes of memory. weights_read: bytes of the source, as often as read."""
+    """The report's `cost` section. read: bytes of the source, as often as read. written: bytes of weight files."""
+    seconds = None if predicted is None else predicted.seconds
     return {
         "seconds": {name: round(seconds, 3) for name, seconds in clock.seconds.items()},
         "total_seconds": round(clock.total(), 3),
         "peak_rss_bytes": memory.peak_resident(),
         "peak_device_bytes": devices.peak(device),
-        "predicted_memory_bytes": predicted,
-        "weights_read_bytes": weights_read,
+        "weights_read_bytes": read,
+        "weight_files_bytes": written,
+        "predicted_seconds": None if seconds is None else round(seconds, 3),
+        "predicted_memory_bytes": None if predicted is None else predicted.memory,
+        "predicted_weight_files_bytes": None if predicted is None else predicted.files,
     }
 
 

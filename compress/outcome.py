@@ -9,9 +9,10 @@ import torch
 
 from llmpare.compress import routing
 from llmpare.compress.checkpoint.read import CONFIG, Checkpoint
+from llmpare.compress.checkpoint.write import weight_files
 from llmpare.compress.clock import Clock
 from llmpare.compress.command import Command
-from llmpare.compress.environment import cost, environment
+from llmpare.compress.environment import Prediction, cost, environment
 from llmpare.compress.planning import Plan
 from llmpare.compress.progress import Progress
 from llmpare.compress.report import build, gates
@@ -22,7 +23,10 @@ _ASIDE = ("fallbacks", routing.EXPERTS, "kept_experts")  # facts of a block that
 
 @dataclass(frozen=True)
 class Job:
-    """What all steps of a run share. folder: where the output takes shape."""
+    """What all steps of a run share.
+
+    folder: where the output takes shape. promised: bytes of its weight files, as planned before any survey.
+    """
 
     command: Command
     plan: Plan
@@ -32,16 +36,18 @@ class Job:
     folder: Path
     clock: Clock
     progress: Progress
+    promised: int
 
 
 @dataclass(frozen=True)
 class Done:
-    """What the engine's pass leaves behind for the report."""
+    """What the engine's pass leaves behind for the report. foreseen: see Pass."""
 
     records: list[dict[str, Any]]
     digests: dict[str, str]
     fidelity: dict[str, Any]
     outside: list[str]  # linear modules that belong to no block
+    foreseen: float | None
     eager: bool  # the model's own code looks at weights while it is loaded
 
 
@@ -88,7 +94,13 @@ def describe(job: Job, done: Done) -> dict[str, Any]:
         "fallbacks": fallbacks,
         "warnings": warnings,
         "gates": checked,
-        "cost": cost(job.clock, job.device, plan.needs.memory, job.source.bytes_read),
+        "cost": cost(
+            job.clock,
+            job.device,
+            Prediction(plan.needs.memory, job.promised, done.foreseen),
+            read=job.source.bytes_read,
+            written=sum((job.folder / name).stat().st_size for name in weight_files(plan.specs)),
+        ),
         "environment": environment(job.device),
     }
 

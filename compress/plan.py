@@ -44,15 +44,15 @@ def within_room(plan: _Plan, room: int, device: str = "cpu") -> _Plan:
             "allow more with --max-memory" if have == limit and room > needs.memory else "use a larger machine",
         )
     out, free = plan.request.out, disk_free(plan.request.out)
-    if plan.output_bytes > free:
+    if plan.file_bytes > free:
         raise OutputError(
-            f"{out}: the output needs {memory.show(plan.output_bytes)} of disk, {memory.show(free)} are free",
+            f"{out}: the output needs {memory.show(plan.file_bytes)} of disk, {memory.show(free)} are free",
             "free some space or choose another place with -o",
         )
-    if plan.output_bytes + needs.spilled > free:
+    if plan.file_bytes + needs.spilled > free:
         raise OutputError(
             f"{out}: hidden states that memory has no room for need {memory.show(needs.spilled)} of disk beside the "
-            f"output's {memory.show(plan.output_bytes)}, {memory.show(free)} are free",
+            f"output's {memory.show(plan.file_bytes)}, {memory.show(free)} are free",
             "free some space, choose another place with -o, allow more --max-memory, or use fewer --nsamples",
         )
     return replace(plan, needs=needs)

@@ -17,7 +17,7 @@ from llmpare.compress import memory
 from llmpare.compress.calibration import DEFAULT_SEQLEN
 from llmpare.compress.checkpoint import locate
 from llmpare.compress.checkpoint.read import DENSE, Checkpoint
-from llmpare.compress.checkpoint.write import TensorSpec
+from llmpare.compress.checkpoint.write import TensorSpec, weight_files
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.estimate import Needs
 from llmpare.compress.formats.source import open_source
@@ -114,6 +114,11 @@ class Plan(Subject, ABC):
         """Bytes of all tensors of the output."""
         return sum(spec.nbytes for spec in self.specs)
 
+    @cached_property
+    def file_bytes(self) -> int:
+        """Bytes of the files that hold them, to the byte. Whatever else lies in the output comes on top."""
+        return sum(weight_files(self.specs).values())
+
     @property
     def sequential(self) -> bool:
         """Whether linears of a block are solved one after the other within a single forward: see collect."""
@@ -135,9 +140,10 @@ class Plan(Subject, ABC):
             "source_bytes": self.source_bytes,
             "source_scheme": self.source_scheme,
             "output_bytes": self.output_bytes,
+            "file_bytes": self.file_bytes,
             "memory_bytes": self.needs.memory,
             "least_memory_bytes": self.needs.least,
-            "disk_bytes": self.output_bytes + self.needs.spilled,
+            "disk_bytes": self.file_bytes + self.needs.spilled,
             "warnings": list(self.warnings),
         }
 
@@ -159,7 +165,10 @@ class Plan(Subject, ABC):
             f"memory   about {memory.show(self.needs.memory)}: {self.needs.explain()}",
             f"         with --max-memory at least {memory.show(self.needs.least)}",
             *(f"         {line}" for line in self.needs.way.lines()),
-            f"disk     {memory.show(self.output_bytes + self.needs.spilled)} in {self.request.out.absolute().parent}",
+            f"disk     {memory.show(self.file_bytes + self.needs.spilled)} in {self.request.out.absolute().parent}: "
+            f"{self.file_bytes:,} bytes of weight files"
+            + (f", {self.needs.spilled:,} of hidden states for a time" if self.needs.spilled else ""),
+            "time     not known from headers; the run says it once its first block is done",
         ]
         return lines + [f"note     {warning}" for warning in self.warnings]
 

@@ -101,7 +101,7 @@ def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, 
                 progress.warn(message)
             manifest = workspace.pending(spec)
             if manifest is None:
-                job = Job(command, plan, source, texts, device, workspace.partial, clock, progress)
+                job = Job(command, plan, source, texts, device, workspace.partial, clock, progress, plan.file_bytes)
                 manifest = _produce(job, spec, workspace)
             workspace.publish(manifest)
     report: dict[str, Any] = json.loads((request.out / REPORTS[0]).read_bytes())
@@ -212,7 +212,7 @@ def _attempt(job: Job, writer: CheckpointWriter, journal: Journal, spill: Spill 
     stored = {spec.name for spec in plan.specs}
     packed = [n.name for n in plan.compressed if n.weight not in stored and n.expert is None] if models.same else []
     eager = output.skeleton.eager(packed)  # nothing is packed in a model of another shape
-    return Done(engine.records, engine.digests, summary, output.skeleton.outside(), eager)
+    return Done(engine.records, engine.digests, summary, output.skeleton.outside(), engine.foreseen, eager)
 
 
 def _load(job: Job) -> tuple[Model, Walk, dict[str, Tensor]]:

@@ -112,8 +112,11 @@ def report() -> dict[str, Any]:
             "total_seconds": 7.9,
             "peak_rss_bytes": 640_000_000,
             "peak_device_bytes": None,
-            "predicted_memory_bytes": 700_000_000,
             "weights_read_bytes": 11_600_000,
+            "weight_files_bytes": 4_544_000,
+            "predicted_seconds": 7.2,
+            "predicted_memory_bytes": 700_000_000,
+            "predicted_weight_files_bytes": 4_544_000,
         },
         "environment": {
             "llmpare": "0.1.0",

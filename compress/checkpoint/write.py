@@ -9,7 +9,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,20 +71,19 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path, specs: Sequence[TensorSpec], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        groups = _group(specs, max_shard_bytes)
-        names = _shard_names(len(groups))
+        shards = _shards(specs, max_shard_bytes)
         self._folder = folder
         self._shards: list[_Shard] = []
         self._places: dict[str, _Place] = {}
         self._touched: set[_Shard] = set()
         with writing(folder):
-            _remove_leftovers(folder, keep={*names, INDEX} if len(names) > 1 else {*names})
+            _remove_leftovers(folder, keep={*shards, INDEX} if len(shards) > 1 else {*shards})
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
-            for name, group in zip(names, groups, strict=True):
+            for name, group in shards.items():
                 self._add_shard(folder / name, group)
-            if len(names) > 1:
-                write_file(folder / INDEX, _index(names, groups))
+            if len(shards) > 1:
+                write_file(folder / INDEX, _index(shards))
             on_failure.pop_all()
 
     def _add_shard(self, path: Path, specs: Sequence[TensorSpec]) -> None:
@@ -144,6 +143,18 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def weight_files(specs: Sequence[TensorSpec], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, int]:
+    """The files that a CheckpointWriter makes for these tensors, with their sizes in bytes."""
+    shards = _shards(specs, max_shard_bytes)
+    sizes = {name: len(_header(group)) + sum(spec.nbytes for spec in group) for name, group in shards.items()}
+    return sizes if len(sizes) == 1 else {**sizes, INDEX: len(_index(shards))}
+
+
+def _shards(specs: Sequence[TensorSpec], limit: int) -> dict[str, list[TensorSpec]]:
+    groups = _group(specs, limit)
+    return dict(zip(_shard_names(len(groups)), groups, strict=True))
 
 
 def _group(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
@@ -209,8 +220,8 @@ def _start(path: Path, header: bytes, size: int) -> int:
     return fd
 
 
-def _index(names: Sequence[str], groups: Sequence[Sequence[TensorSpec]]) -> bytes:
-    weight_map = {spec.name: name for name, group in zip(names, groups, strict=True) for spec in group}
-    total = sum(spec.nbytes for group in groups for spec in group)
+def _index(shards: Mapping[str, Sequence[TensorSpec]]) -> bytes:
+    weight_map = {spec.name: name for name, group in shards.items() for spec in group}
+    total = sum(spec.nbytes for group in shards.values() for spec in group)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()

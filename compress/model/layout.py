@@ -176,6 +176,8 @@ def _architecture(config: Mapping[str, Any]) -> str:
     for part, other in (("vision_config", "text_config"), ("text_config", "vision_config")):
         if part in config and not sees(config):
             raise _unsupported(name, f"it has a {part}, but no {other} beside it")
+    if find(decoder_config(config), "hidden_size_per_layer_input", default=0):
+        raise _unsupported(name, "its blocks take arguments that depend on the tokens (hidden_size_per_layer_input)")
     if not sees(config) and not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise _unsupported(name, "only causal language models (…ForCausalLM, …LMHeadModel) are, with or without vision")
     return name

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmpare.compress.report import gates as limits
-from llmpare.compress.report import show
+from llmpare.compress.report import predictions, show
 from llmpare.compress.report.marks import code, plain, table
 
 Section = Mapping[str, Any]
@@ -29,17 +29,6 @@ def concerns(report: Section) -> list[str]:
     return lines
 
 
-def _predicted(cost: Section) -> str:
-    """What the plan had said, and whether that was far off."""
-    predicted = cost["predicted_memory_bytes"]
-    if predicted is None:
-        return ""
-    measured = cost["peak_rss_bytes"] if cost["peak_device_bytes"] is None else cost["peak_device_bytes"]
-    off = measured / predicted - 1 if predicted else 0.0
-    far = "" if -0.25 <= off <= 0 else f", which is {show.percent(off, signed=True)} off"
-    return f", where the plan said {show.size(predicted)}{far}"
-
-
 def cost(cost: Section) -> list[str]:
     """Time and memory."""
     device = cost["peak_device_bytes"]
@@ -50,7 +39,13 @@ def cost(cost: Section) -> list[str]:
     return [
         "## Cost",
         "",
-        f"{show.duration(cost['total_seconds'])} and at most {memory}{_predicted(cost)}.",
+        f"{show.duration(cost['total_seconds'])} and at most {memory}.",
         "",
+        *_predicted(cost),
         *table(("phase", "time"), rows, right="1"),
     ]
+
+
+def _predicted(cost: Section) -> list[str]:
+    found = predictions.rows(cost)
+    return [*table(predictions.HEAD, found, right="123"), ""] if found else []

@@ -62,7 +62,11 @@ def without_page() -> Iterator[None]:
 
 def run(model: Path, form: str, **changes: Any) -> Run:
     asked = request(model, model.with_name(form), format=form, **{"scheme": SCHEME, **changes})
-    return Run(model, asked, run_quantize(asked, Silent()))
+    planned, report = plan_quantize(asked).file_bytes, run_quantize(asked, Silent())
+    weights = [path for path in asked.out.iterdir() if ".safetensors" in path.name]
+    assert sum(path.stat().st_size for path in weights) == planned, "planned to the byte, in every format"
+    assert planned == report["cost"]["weight_files_bytes"] == report["cost"]["predicted_weight_files_bytes"]
+    return Run(model, asked, report)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -154,6 +154,7 @@ def test_a_run_that_was_cut_short_goes_on(models: dict[str, Path]) -> None:
             run_quantize(again, Once())
         report = run_quantize(again, Silent())
         assert [block["resumed"] for block in report["blocks"]] == [True, False]
+        assert report["cost"]["predicted_seconds"] >= report["blocks"][1]["seconds"], "the first that was worked on"
         assert len(report["experts"]["mixtures"]) == 2
         before, after = tensors(whole.out), tensors(again.out)
         assert before.keys() == after.keys()

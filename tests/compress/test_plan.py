@@ -137,7 +137,8 @@ def test_every_tensor_has_a_fate(llama: Path) -> None:
         "output_bytes": plan(llama, rules=rules).output_bytes,
         "memory_bytes": plan(llama, rules=rules).needs.memory,
         "least_memory_bytes": plan(llama, rules=rules).needs.least,
-        "disk_bytes": plan(llama, rules=rules).output_bytes,
+        "file_bytes": plan(llama, rules=rules).file_bytes,
+        "disk_bytes": plan(llama, rules=rules).file_bytes,
         "warnings": [],
     }
 
@@ -159,6 +160,7 @@ def test_lines_for_people(llama: Path) -> None:
     text = "\n".join(lines)
     assert f"{memory.show(planned.output_bytes)} from {memory.show(planned.source_bytes)}" in text
     assert f"about {memory.show(planned.needs.memory)}" in text
+    assert f"{planned.file_bytes:,} bytes of weight files" in text
     assert lines[-1] == "note     pattern 'nowhere' matches no linear"
 
 
@@ -362,7 +364,7 @@ def test_a_limit_is_a_limit(llama: Path, tmp_path: Path) -> None:
 
 def test_disk_for_what_memory_has_no_room_for(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = plan(llama, tmp_path / "out", calibration=TextSpec(nsamples=4096, seqlen=256))
-    monkeypatch.setattr("llmpare.compress.plan.disk_free", lambda out: planned.output_bytes + 2**20)
+    monkeypatch.setattr("llmpare.compress.plan.disk_free", lambda out: planned.file_bytes + 2**20)
     within_room(planned, planned.needs.memory)
     with pytest.raises(OutputError, match="hidden states .* need .* of disk"):
         within_room(planned, planned.needs.least)
@@ -374,7 +376,7 @@ def test_too_little_disk(llama: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
     def free(out: Path) -> int:
         asked.append(out)
-        return planned.output_bytes - 1
+        return planned.file_bytes - 1
 
     monkeypatch.setattr("llmpare.compress.plan.disk_free", free)
     with pytest.raises(OutputError, match="the output needs .* of disk") as caught:

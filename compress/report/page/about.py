@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llmpare.compress.report import show
+from llmpare.compress.report import predictions, show
 from llmpare.compress.report.page import words
 from llmpare.compress.report.page.parts import Cell, Item, Section, Table
 from llmpare.compress.report.subjects import baseline, subjects
@@ -14,7 +14,7 @@ Report = Mapping[str, Any]
 def sections(report: Report) -> list[Section]:
     return [
         Section("text", "Text", [_texts(report)], _overlap(report)),
-        Section("cost", "Cost", [_cost(report["cost"])], _most(report["cost"])),
+        Section("cost", "Cost", _cost(report["cost"]), _most(report["cost"])),
         Section("provenance", "Provenance", [_models(report), _environment(report)]),
     ]
 
@@ -50,9 +50,13 @@ def _most(cost: Report) -> str:
     )
 
 
-def _cost(cost: Report) -> Table:
+def _cost(cost: Report) -> list[Item]:
     rows = [[phase, show.duration(seconds)] for phase, seconds in cost["seconds"].items()]
-    return Table("Time by phase", ("phase", "time"), rows, (1,))
+    found = predictions.rows(cost)
+    return [
+        Table("Time by phase", ("phase", "time"), rows, (1,)),
+        *([Table("What was predicted", ("what", *predictions.HEAD[1:]), found, (1, 2, 3))] if found else []),
+    ]
 
 
 def _models(report: Report) -> Table:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llmpare.compress.checkpoint.read import Checkpoint
-from llmpare.compress.checkpoint.write import CheckpointWriter, TensorSpec
+from llmpare.compress.checkpoint.write import CheckpointWriter, TensorSpec, weight_files
 from llmpare.compress.errors import OutputError
 
 SPECS = [
@@ -103,6 +103,13 @@ def test_shards(tmp_path: Path) -> None:
         ),
     }
     assert sorted(os.listdir(tmp_path)) == [first, second, third, "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("limit", [20, 5 * 10**9], ids=["shards", "single"])
+def test_sizes_are_known_before_anything_is_written(tmp_path: Path, limit: int) -> None:
+    write_all(tmp_path, max_shard_bytes=limit)
+    found = {name: len(data) for name, data in bytes_of(tmp_path).items()}
+    assert weight_files(SPECS, max_shard_bytes=limit) == found
 
 
 def test_limit_is_inclusive(tmp_path: Path) -> None:

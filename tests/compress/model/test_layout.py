@@ -146,6 +146,7 @@ def test_a_missing_block(tmp_path: Path) -> None:
         ({**SEEING, "audio_config": {}}, "Gemma4ForConditionalGeneration is not supported: it has an audio_config"),
         ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "method 'awq') | start from the original model"),
         ({**LLAMA, "quantization_config": [1]}, "method 'unknown'"),
+        ({**LLAMA, "hidden_size_per_layer_input": 8}, "arguments that depend on the tokens (hidden_size_per_layer_"),
         ({**LLAMA, "num_hidden_layers": 0, "n_layer": 2}, "promises 0 blocks"),
     ],
 )

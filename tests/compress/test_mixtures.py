@@ -1,6 +1,7 @@
 """Whole runs on mixtures of experts: what is written loads in plain transformers, and what would not is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from families import MIXTURES, load, measured, reported, request, tokens, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from llmpare.compress import quantize
 from llmpare.compress.errors import InputError, UsageError
@@ -31,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def asked(model: Path, form: str, **changes: Any) -> QuantizeRequest:
-    return request(model, model.with_name(form), format=form, **{"scheme": SCHEME, **changes})
+    return request(model, model.with_name(form), **{"format": form, "scheme": SCHEME, **changes})
 
 
 def untaught(model: Path, form: str, **changes: Any) -> QuantizeRequest:
@@ -136,7 +138,7 @@ def test_what_loads_wrong_or_has_no_meaning_is_refused(case: str, models: dict[s
 
 
 def test_a_run_that_was_cut_short_goes_on(models: dict[str, Path]) -> None:
-    """With the experts of the first block from the output, packed or as one tensor of all."""
+    """With the experts of the first block from the output, packed or as one tensor of all, and with less memory."""
 
     class Stop(Exception):
         pass
@@ -152,13 +154,43 @@ def test_a_run_that_was_cut_short_goes_on(models: dict[str, Path]) -> None:
         again = replace(whole, out=whole.out.with_name(f"again-{form}"))
         with pytest.raises(Stop):
             run_quantize(again, Once())
-        report = run_quantize(again, Silent())
+        least = plan_quantize(again).needs.least
+        report = run_quantize(replace(again, max_memory=least), Silent())
+        assert report["cost"]["predicted_memory_bytes"] == least < plan_quantize(again).needs.memory
         assert [block["resumed"] for block in report["blocks"]] == [True, False]
         assert report["cost"]["predicted_seconds"] >= report["blocks"][1]["seconds"], "the first that was worked on"
         assert len(report["experts"]["mixtures"]) == 2
         before, after = tensors(whole.out), tensors(again.out)
         assert before.keys() == after.keys()
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_experts_in_mxfp4(models: dict[str, Path], tmp_path: Path) -> None:
+    """As gpt-oss is published: compressed like what transformers decodes, and what was measured is what loads."""
+    low, twin = (shutil.copytree(models["gpt_oss"], tmp_path / name) for name in ("low", "twin"))
+    generator, dense = torch.Generator().manual_seed(0), tensors(low)
+    packed = dict(dense)
+    for name in [name for name in dense if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = packed.pop(name).shape
+        blocks = torch.randint(256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(121, 125, blocks.shape[:3], generator=generator, dtype=torch.uint8)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        dense[name] = convert_moe_packed_tensors(blocks.clone(), scales.clone()).contiguous()
+    config = json.loads((low / "config.json").read_text())
+    (low / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    for folder, held in ((low, packed), (twin, dense)):
+        save_file(held, folder / "model.safetensors", {"format": "pt"})
+
+    first, second = (asked(model, f"{model.name}-out", format="dense") for model in (low, twin))
+    report, other = (run_quantize(each, Silent()) for each in (first, second))
+    assert report["source"]["scheme"] == "mxfp4 experts"
+    assert report["experts"]["parameters"] == 2 * 4 * (3 * 128 * 128)
+    assert report["fidelity"] == other["fidelity"]
+    before, after = tensors(first.out), tensors(second.out)
+    assert before.keys() == after.keys() == dense.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again = measured(load(twin), load(first.out), twin)
+    assert reported(report["fidelity"]) == pytest.approx(again, rel=1e-5, abs=1e-6)
 
 
 def test_a_model_that_is_mostly_no_linears_is_refused(tmp_path: Path) -> None:

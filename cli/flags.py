@@ -40,7 +40,7 @@ Out = Annotated[Text, value("-o", "--out", metavar="OUT", help="Folder to write,
 
 Scheme = Annotated[Text, value("--scheme", metavar="NAME", help="W4A16 (default), W3A16, W8A16_ASYM, ...")]
 Bits = Annotated[Text, value("--bits", metavar="N", help="2, 3, 4 or 8 bits per weight.")]
-GroupSize = Annotated[Text, value("--group-size", metavar="N", help="32, 64, 128 (default), or -1: per channel.")]
+GroupSize = Annotated[Text, value("--group-size", metavar="N", help="32, 64, 128 (default), -1: per channel, or auto.")]
 Asym = Annotated[Switch, switch("--asym/--sym", help="With or without (default) zero points.")]
 Method = Annotated[Text, value("--method", metavar="NAME", help="rtn, gptq (default) or tuned.")]
 Best = Annotated[Switch, switch("--best", help="Short for --method tuned: slower and closer to the original.")]
@@ -72,7 +72,7 @@ Refit = Annotated[
 PruneDamping = Annotated[Text, value("--damping", metavar="X", help="sparsegpt, alps: damping of the Gram matrix.")]
 Iterations = Annotated[Text, value("--iterations", metavar="N", help="alps: iterations per matrix (20).")]
 Then = Annotated[Text, value("--then", metavar="SCHEME", help="Mask: quantize what stays in the same pass, as W4A16.")]
-ThenGroupSize = Annotated[Text, value("--group-size", metavar="N", help="--then: 32, 64, 128 (default), or -1.")]
+ThenGroupSize = Annotated[Text, value("--group-size", metavar="N", help="--then: 32, 64, 128 (default), -1 or auto.")]
 ThenFormat = Annotated[
     Text, value("--format", metavar="NAME", help="--then: compressed-tensors (default), gptq or dense.")
 ]
@@ -134,7 +134,7 @@ StudentScheme = Annotated[
     Text, value("--student-scheme", metavar="NAME", help="Train it as it will be rounded, and store codes, as W4A16.")
 ]
 StudentGroupSize = Annotated[
-    Text, value("--group-size", metavar="N", help="--student-scheme: 32, 64, 128 (default), or -1.")
+    Text, value("--group-size", metavar="N", help="--student-scheme: 32, 64, 128 (default), -1 or auto.")
 ]
 StudentFormat = Annotated[
     Text, value("--format", metavar="NAME", help="--student-scheme: compressed-tensors (default) or gptq.")

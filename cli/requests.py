@@ -26,7 +26,7 @@ RULE_PARSERS = {
     "match": values.text,
     "scheme": values.text,
     "bits": values.whole,
-    "group-size": values.whole,
+    "group-size": values.group_size,
     "asym": values.flag,
     "dense": values.flag,
 }

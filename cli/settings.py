@@ -71,7 +71,7 @@ QUANTIZE: Parsers = {
     **_COMPRESS,
     "scheme": values.text,
     "bits": values.whole,
-    "group-size": values.whole,
+    "group-size": values.group_size,
     "asym": values.flag,
     "method": values.text,
     "best": values.flag,
@@ -91,7 +91,7 @@ PRUNE: Parsers = {
     "damping": values.number,
     "iterations": values.number,
     "then": values.text,
-    "group-size": values.whole,
+    "group-size": values.group_size,
     "ffn": values.share,
     "heads": values.share,
     "hidden": values.share,
@@ -129,7 +129,7 @@ DISTILL: Parsers = {
     "on-policy": values.share,
     "early-exit": values.numbers,
     "student-scheme": values.text,
-    "group-size": values.whole,
+    "group-size": values.group_size,
     "save-steps": values.positive,
 }
 

@@ -3,6 +3,8 @@
 import math
 import re
 
+from llmpare.compress.request import AUTO
+
 _UNITS = {
     "": 1, "B": 1,
     "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12, "TB": 10**12,
@@ -39,6 +41,19 @@ def whole(value: object) -> int:
         return int(value)
     except ValueError:
         raise ValueError("expected a whole number") from None
+
+
+def group_size(value: object) -> int:
+    """Columns per scale, -1 for one scale per row, or 'auto'. Which numbers there are is the scheme's to say."""
+    if value == "auto":
+        return AUTO
+    try:
+        size = whole(value)
+    except ValueError:
+        raise ValueError("expected a whole number or auto") from None
+    if size == AUTO:
+        raise ValueError("expected 32, 64, 128, -1 or auto")
+    return size
 
 
 def positive(value: object) -> int:

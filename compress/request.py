@@ -15,6 +15,7 @@ from llmpare.compress.errors import UsageError
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 PER_CHANNEL = -1
+AUTO = 0  # the largest group size that divides a linear's columns, linear by linear
 BUNDLED = "bundled"
 NO_TEXT = "none"  # no calibration text at all, for methods that can do without
 
@@ -23,8 +24,8 @@ NO_TEXT = "none"  # no calibration text at all, for methods that can do without
 class Scheme:
     """How the weights of one linear are stored: integers of `bits`, one scale per row and group of columns.
 
-    group_size: columns per scale, or PER_CHANNEL (-1) for one scale per row. symmetric: zero point fixed in the
-    middle of the range, otherwise one zero point per scale.
+    group_size: columns per scale, PER_CHANNEL (-1) for one scale per row, or AUTO (0) until `fitted` has decided.
+    symmetric: zero point fixed in the middle of the range, otherwise one zero point per scale.
     """
 
     bits: int = 4
@@ -34,21 +35,29 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise UsageError(f"{self.bits} bits are not supported", f"--bits takes one of {', '.join(map(str, BITS))}")
-        if self.group_size not in (*GROUP_SIZES, PER_CHANNEL):
+        if self.group_size not in (*GROUP_SIZES, PER_CHANNEL, AUTO):
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise UsageError(
-                f"group size {self.group_size} is not supported", f"--group-size takes {sizes} or -1 (per channel)"
+                f"group size {self.group_size} is not supported",
+                f"--group-size takes {sizes}, -1 (per channel) or auto",
             )
 
     @property
     def name(self) -> str:
         """The field's name for it, with what the name leaves open: 'W4A16 g128', 'W3A16_ASYM channel'."""
-        group = "channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
+        group = {PER_CHANNEL: "channel", AUTO: "auto"}.get(self.group_size, f"g{self.group_size}")
         return f"W{self.bits}A16{'' if self.symmetric else '_ASYM'} {group}"
 
     def groups(self, columns: int) -> int:
         """Number of scales per row for a linear with that many input columns."""
         return 1 if self.group_size == PER_CHANNEL else columns // self.group_size
+
+    def fitted(self, columns: int) -> "Scheme":
+        """The scheme for a linear with that many input columns: AUTO decided, if no group divides them per channel."""
+        if self.group_size != AUTO:
+            return self
+        sizes = (size for size in sorted(GROUP_SIZES, reverse=True) if columns % size == 0)
+        return replace(self, group_size=next(sizes, PER_CHANNEL))
 
 
 def parse_scheme(

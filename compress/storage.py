@@ -12,7 +12,7 @@ from llmpare.compress.checkpoint.write import TensorSpec
 from llmpare.compress.errors import InputError
 from llmpare.compress.model.layout import Layout, Linear, sees
 from llmpare.compress.planning import Plan
-from llmpare.compress.request import GROUP_SIZES, PER_CHANNEL, Scheme
+from llmpare.compress.request import AUTO, GROUP_SIZES, PER_CHANNEL, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,10 +153,14 @@ def _refuse_odd_groups(schemes: Schemes, form: formats.Format) -> None:
         names = [f"{linear.name} [{linear.rows}, {linear.columns}]" for linear in odd[:5]]
         more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
         regrouped = _bits({**schemes, **{n: replace(s, group_size=fit) for n, s in grouped.items()}}, form)
+        fitted = _bits(
+            {**schemes, **{n: replace(s, group_size=AUTO).fitted(n.columns) for n, s in grouped.items()}}, form
+        )
         left = _bits({**schemes, **dict.fromkeys(odd)}, form)
         raise InputError(
             f"the group size does not divide the columns of {', '.join(names)}{more}",
             f"--group-size {fit} divides all of them, {regrouped:.2f} bits per weight; "
+            f"auto takes the largest for each, {fitted:.2f} bits; "
             f"or leave these dense with --ignore, {left:.2f} bits",
         )
 

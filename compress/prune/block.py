@@ -127,12 +127,12 @@ class MaskBlocks:
     ) -> dict[Linear, dict[str, Tensor]]:
         """The tensors of every linear of a stack; quantized, if that was asked for, with the zeros left as they are."""
         sizes = [linear.rows for linear in stack]
-        if self._plan.request.then is None:
+        scheme = self._plan.schemes[stack[0]]
+        if scheme is None:
             parts = pruned.weight.split(sizes)
             return {linear: self._dense(linear, part) for linear, part in zip(stack, parts, strict=True)}
         if statistics is None:
             raise ValueError("quantizing what stays needs statistics")
-        scheme = self._plan.request.then
         dtype = DTYPES[self._plan.format.scale_dtype(stack[0])]
         grid = MaskedGrid.of(IntGrid(scheme.bits, scheme.symmetric, dtype), pruned.keep)
         size = stack[0].columns if scheme.group_size == PER_CHANNEL else scheme.group_size

@@ -137,7 +137,8 @@ def plan_masks(request: MaskRequest) -> MaskPlan:
         found = subject.layout
         ignored = {n for n in found.linears if any(re.search(pattern, n.name) for pattern in request.ignore)}
         sparsity = {linear: 0.0 if linear in ignored else request.sparsity for linear in found.linears}
-        schemes = {linear: None if linear in ignored else request.then for linear in found.linears}
+        then = request.then
+        schemes = {n: None if then is None or n in ignored else then.fitted(n.columns) for n in found.linears}
         _refuse_odd_patterns(request, sparsity)
         if request.allocation == MEASURED and found.experts:
             raise UsageError(

@@ -88,9 +88,10 @@ def _refuse_for_experts(request: QuantizeRequest, found: Layout) -> None:
 
 
 def _schemes(request: QuantizeRequest, found: Layout) -> tuple[dict[Linear, Scheme | None], list[str]]:
-    """The scheme of every linear: the first rule that matches, else the request's."""
+    """The scheme of every linear: the first rule that matches, else the request's; group sizes fitted, if asked for."""
     schemes: dict[Linear, Scheme | None] = {}
     for linear in found.linears:
         rule = next((rule for rule in request.rules if re.search(rule.pattern, linear.name)), None)
-        schemes[linear] = request.scheme if rule is None else rule.scheme
+        scheme = request.scheme if rule is None else rule.scheme
+        schemes[linear] = None if scheme is None else scheme.fitted(linear.columns)
     return schemes, idle_patterns([rule.pattern for rule in request.rules], found)

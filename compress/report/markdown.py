@@ -50,8 +50,8 @@ def _bits(report: Section) -> list[tuple[str, ...]]:
 
 
 def _scheme(scheme: Section) -> str:
-    group = "per channel" if scheme["group_size"] == -1 else f"group {scheme['group_size']}"
-    return f"{scheme['bits']} bits, {group}, {'symmetric' if scheme['symmetric'] else 'asymmetric'}"
+    kind = "symmetric" if scheme["symmetric"] else "asymmetric"
+    return f"{scheme['bits']} bits, {show.groups(scheme['group_size'])}, {kind}"
 
 
 def _blocks(blocks: Sequence[Section]) -> list[str]:

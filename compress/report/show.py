@@ -44,6 +44,11 @@ def percent(share: float | None, places: int = 1, *, signed: bool = False) -> st
     return f"{100 * share:{'+' if signed else ''}.{places}f} %"
 
 
+def groups(size: int) -> str:
+    """The group size of a scheme, as a report has it: 'groups of 128'."""
+    return {-1: "one scale per row", 0: "groups of a size fitted to each linear"}.get(size, f"groups of {size}")
+
+
 def duration(seconds: float) -> str:
     """'4.2 s', '3 min 20 s', '2 h 5 min'."""
     if seconds < 60:

@@ -13,7 +13,7 @@ import samples
 
 from llmpare.cli.exits import main
 from llmpare.compress.quantize import resolve
-from llmpare.compress.request import Gates, LayerRule, QuantizeRequest, Scheme, TextSpec
+from llmpare.compress.request import AUTO, Gates, LayerRule, QuantizeRequest, Scheme, TextSpec
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
@@ -80,6 +80,7 @@ def test_nothing_but_model_and_out(asked: Asked) -> None:
         ("--scheme W3A16", {"scheme": Scheme(3)}),
         ("--scheme w8a16_asym --group-size 64", {"scheme": Scheme(8, 64, False)}),
         ("--bits 3 --group-size -1 --asym", {"scheme": Scheme(3, -1, False)}),
+        ("--group-size auto", {"scheme": Scheme(4, AUTO)}),
         ("--asym --sym", {}),
         ("--method rtn", {"method": "rtn", "options": resolve("rtn", {})}),
         ("--best", {"method": "tuned", "options": resolve("tuned", {})}),
@@ -137,6 +138,8 @@ def test_every_field_of_a_request_can_be_set() -> None:
         ("model -o out --bits 5", "5 bits are not supported"),
         ("model -o out --bits four", "--bits: expected a whole number, got 'four'"),
         ("model -o out --group-size 100", "group size 100"),
+        ("model -o out --group-size 0", "--group-size: expected 32, 64, 128, -1 or auto, got '0'"),
+        ("model -o out --group-size big", "--group-size: expected a whole number or auto"),
         ("model -o out --scheme W4A4", "unknown scheme 'W4A4'"),
         ("model -o out --scheme W4A16 --bits 3", "--bits 3 contradicts --scheme W4A16"),
         ("model -o out --scheme W4A16_ASYM --sym", "contradicts"),

@@ -19,7 +19,7 @@ from llmpare.compress.model.layout import Linear
 from llmpare.compress.plan import plan_quantize
 from llmpare.compress.progress import Silent
 from llmpare.compress.report import html
-from llmpare.compress.request import LayerRule, QuantizeRequest, Scheme
+from llmpare.compress.request import AUTO, LayerRule, QuantizeRequest, Scheme
 from llmpare.compress.run import run_quantize
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -176,6 +176,18 @@ def test_a_model_of_which_parts_stay_dense(tmp_path: Path) -> None:
     dense, packed = run(model, "dense", rules=rules), run(model, "compressed-tensors", rules=rules)
     assert {each["name"].split(".")[2] for each in packed.report["kept_dense"]} == {"1"}
     assert dense.report["blocks"][1]["linears"] == []
+    ids = tokens()
+    assert torch.equal(load(packed.out)(ids).logits, load(dense.out)(ids).logits)
+
+
+def test_groups_fitted_to_every_linear(tmp_path: Path) -> None:
+    """128, 64 and 36 inputs, of which no group size divides the last."""
+    settings = {"hidden_size": 64, "intermediate_size": 36, "num_attention_heads": 4, "head_dim": 32}
+    model = write(tmp_path / "model", "llama", settings=settings)
+    dense, packed = (run(model, form, scheme=Scheme(4, AUTO)) for form in ("dense", "compressed-tensors"))
+    named = {each["name"].split(".")[-1]: each["scheme"] for each in packed.report["blocks"][1]["linears"]}
+    assert [named[name] for name in ("o_proj", "q_proj", "down_proj")] == ["W4A16 g128", "W4A16 g64", "W4A16 channel"]
+    assert "4 bits, groups of a size fitted to each linear" in (packed.out / "report.md").read_text()
     ids = tokens()
     assert torch.equal(load(packed.out)(ids).logits, load(dense.out)(ids).logits)
 

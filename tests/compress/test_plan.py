@@ -20,7 +20,7 @@ from llmpare.compress import memory
 from llmpare.compress.errors import InputError, LlmpareError, MemoryLimitError, OutputError, UsageError
 from llmpare.compress.plan import Plan, plan_quantize, within_room
 from llmpare.compress.progress import Silent
-from llmpare.compress.request import NO_TEXT, PER_CHANNEL, LayerRule, Scheme, TextSpec
+from llmpare.compress.request import AUTO, NO_TEXT, PER_CHANNEL, LayerRule, Scheme, TextSpec
 from llmpare.compress.run import run_quantize
 
 GIB = 2**30
@@ -268,6 +268,20 @@ def test_groups_that_do_not_divide(hidden: int, inner: int, asked: int, fit: int
     packed = sum(linear.rows * linear.columns for linear in partly.quantized)
     bits = (packed * partly.linear_bits + (weights - packed) * 16) / weights
     assert f"with --ignore, {bits:.2f} bits" in message
+    fitted = plan(model, scheme=Scheme(4, AUTO))
+    assert f"auto takes the largest for each, {fitted.linear_bits:.2f} bits" in message
+    for linear, scheme in fitted.quantized.items():
+        fits = [size for size in (128, 64, 32) if linear.columns % size == 0]
+        assert scheme == Scheme(4, fits[0] if fits else PER_CHANNEL)
+
+
+def test_fitted_groups_that_a_format_cannot_store(tmp_path: Path) -> None:
+    """gptq knows one group size; loaders of compressed-tensors want one for all experts."""
+    llama = write(tmp_path / "llama", "llama", settings={"intermediate_size": 192})
+    assert "stores one scheme per model" in refusal(InputError, llama, scheme=Scheme(4, AUTO), format="gptq")
+    assert plan(tmp_path / "llama", scheme=Scheme(4, AUTO), rules=(LayerRule("down", None),), format="gptq")
+    mixture = write(tmp_path / "moe", "qwen3_moe", settings={"moe_intermediate_size": 192})
+    assert "here they are W4A16 g128, W4A16 g64" in refusal(InputError, mixture, scheme=Scheme(4, AUTO))
 
 
 def test_groups_are_looked_at_scheme_by_scheme(tmp_path: Path) -> None:

@@ -40,8 +40,7 @@ def eyebrow(report: Report) -> str:
     parts = [request["method"]] if "method" in request else []
     if "scheme" in request:
         scheme = request["scheme"]
-        group = "one scale per row" if scheme["group_size"] == -1 else f"groups of {scheme['group_size']}"
-        parts += [f"{scheme['bits']} bits", group]
+        parts += [f"{scheme['bits']} bits", show.groups(scheme["group_size"])]
     if "sparsity" in request:
         parts.append(f"{show.percent(request['sparsity'], 0)} zeros")
     return " · ".join([report["command"], *([", ".join(parts)] if parts else [])])

@@ -167,6 +167,21 @@ MORE: dict[str, Family] = {
         },
         odd="a state space (Mamba 2) beside attention in every block",
     ),
+    "mamba2": Family(
+        {
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_heads": 8,
+            "head_dim": 32,
+            "state_size": 16,
+            "n_groups": 1,
+            "expand": 2,
+            "pad_token_id": 0,
+        },
+        "backbone.layers",
+        tied=True,
+        odd="a state space in every block, no attention",
+    ),
 }
 MATRIX = {**FAMILIES, **MORE}
 """Every family on which whole runs are tested; FAMILIES are those that finer tests look at, too."""
@@ -299,7 +314,7 @@ def tokens(windows: int = 2, length: int = LENGTH) -> Tensor:
 def float32_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits [windows, tokens, vocabulary] with the product of the head in float32, whatever the model's precision."""
     hidden, head = model.base_model(input_ids=ids, use_cache=False).last_hidden_state, model.get_output_embeddings()
-    logits = hidden.float() @ head.weight.float().t()
+    logits = hidden.to(head.weight.dtype).float() @ head.weight.float().t()  # as every head gets it
     if head.bias is not None:
         logits += head.bias.float()
     config = model.config.to_dict()

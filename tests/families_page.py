@@ -1,6 +1,6 @@
 """docs/families.md, written from the families that are tested: `python tests/families_page.py > docs/families.md`."""
 
-from families import MATRIX
+from families import MATRIX, MIXTURES
 from seeing import SEEING
 
 PAGE = """# Model families
@@ -21,6 +21,12 @@ Embeddings, norms, heads, convolutions and extra prediction heads stay as they a
 
 The own code of some families (Falcon, GPT-BigCode) looks at weights while it is loaded. For these
 compressed-tensors needs transformers 5.23: `config.json` then says `"dequantize": true`, and the report says so.
+
+## Mixtures of experts
+
+{mixtures}:
+every expert's linears are compressed, by statistics of their own; routers and the gates of shared experts stay as they
+are. What is written loads in plain transformers, with the logits that were measured.
 
 ## Models that also look at images
 
@@ -47,6 +53,12 @@ REFUSED = {
     "encoder-decoders: T5, BART, Whisper": "their decoders also read what an encoder puts out",
     "Gemma 3n": "its blocks take arguments that depend on the tokens",
     "RecurrentGemma": "their blocks hold matrices that belong to no linear",
+    "`--format gptq` for mixtures": "transformers fills their experts with random numbers",
+    "`compressed-tensors` for experts in one tensor: Granite, gpt-oss": "no loader unpacks them; `--ignore experts` works",
+    "experts with zero points or under several schemes": "transformers loads them wrong, some without a word",
+    "`--method tuned` and `--correction` for mixtures": "a compressed model sends tokens to other experts",
+    "`compressed-tensors` for GPT-2": "it knows no Conv1D",
+    "several schemes in `gptq`": "most of its loaders know one per model",
 }
 
 
@@ -58,7 +70,8 @@ def page() -> str:
     )
     refused = (f"| {what} | {why} |" for what, why in REFUSED.items())
     seeing = ", ".join(f"`{name}`" for name in SEEING)
-    return PAGE.format(seeing=seeing, families="\n".join(families), refused="\n".join(refused))
+    mixtures = ", ".join(f"`{name}`" for name in sorted(MIXTURES))
+    return PAGE.format(mixtures=mixtures, seeing=seeing, families="\n".join(families), refused="\n".join(refused))
 
 
 if __name__ == "__main__":

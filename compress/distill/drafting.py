@@ -4,6 +4,7 @@ Every prompt is continued twice, greedily: by all blocks alone, and with drafts.
 drafts from checks: each check yields one token of its own besides the drafted ones it accepts.
 """
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class Drafted:
     """Of one exit. drafted, accepted, checks: tokens that were proposed, those that stayed, and full forwards.
 
-    equal: share of the prompts for which the drafts changed nothing. plain_seconds, drafted_seconds: for `tokens`.
+    equal: share of the prompts for which the drafts changed nothing. plain_seconds, drafted_seconds: for each prompt.
     """
 
     exit: int
@@ -30,11 +31,12 @@ class Drafted:
     accepted: int
     checks: int
     equal: float
-    plain_seconds: float
-    drafted_seconds: float
+    plain_seconds: tuple[float, ...]
+    drafted_seconds: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The report's entry on this exit."""
+        """The report's entry on this exit. speedup: the median over the prompts, each of which was timed both ways."""
+        pairs = zip(self.plain_seconds, self.drafted_seconds, strict=True)
         return {
             "exit": self.exit,
             "prompts": self.prompts,
@@ -42,9 +44,9 @@ class Drafted:
             "acceptance": self.accepted / self.drafted if self.drafted else 0.0,
             "tokens_per_check": self.tokens / self.checks if self.checks else 0.0,
             "equal": self.equal,
-            "plain_tokens_per_second": self.tokens / self.plain_seconds,
-            "drafted_tokens_per_second": self.tokens / self.drafted_seconds,
-            "speedup": self.plain_seconds / self.drafted_seconds,
+            "plain_tokens_per_second": self.tokens / sum(self.plain_seconds),
+            "drafted_tokens_per_second": self.tokens / sum(self.drafted_seconds),
+            "speedup": statistics.median(plain / drafted for plain, drafted in pairs),
         }
 
 
@@ -55,20 +57,20 @@ def measure(model: "PreTrainedModel", prompts: Tensor, exits: Sequence[int], new
     The two take turns, so that whatever else the machine does meets both alike.
     """
     found = []
-    _generate(model, prompts[:1], new_tokens, None)  # what happens once only is not counted
+    generate(model, prompts[:1], new_tokens, None)  # what happens once only is not counted
     for exit_ in exits:
-        _generate(model, prompts[:1], new_tokens, exit_)
+        generate(model, prompts[:1], new_tokens, exit_)
         counter = _Counter(model, exit_)
-        plain_seconds = drafted_seconds = 0.0
+        plain_seconds, drafted_seconds = [], []
         equal = tokens = 0
         for prompt in prompts.split(1):
             start = time.perf_counter()
-            plain = _generate(model, prompt, new_tokens, None)
+            plain = generate(model, prompt, new_tokens, None)
             middle = time.perf_counter()
             with counter:
-                drafted = _generate(model, prompt, new_tokens, exit_)
-            plain_seconds += middle - start
-            drafted_seconds += time.perf_counter() - middle
+                drafted = generate(model, prompt, new_tokens, exit_)
+            plain_seconds.append(middle - start)
+            drafted_seconds.append(time.perf_counter() - middle)
             equal += torch.equal(plain, drafted)
             tokens += drafted.shape[1] - prompt.shape[1]
         found.append(
@@ -80,15 +82,15 @@ def measure(model: "PreTrainedModel", prompts: Tensor, exits: Sequence[int], new
                 accepted=tokens - counter.checks,
                 checks=counter.checks,
                 equal=equal / len(prompts),
-                plain_seconds=plain_seconds,
-                drafted_seconds=drafted_seconds,
+                plain_seconds=tuple(plain_seconds),
+                drafted_seconds=tuple(drafted_seconds),
             )
         )
     return found
 
 
 @torch.no_grad()
-def _generate(model: "PreTrainedModel", prompt: Tensor, new_tokens: int, exit_: int | None) -> Tensor:
+def generate(model: "PreTrainedModel", prompt: Tensor, new_tokens: int, exit_: int | None) -> Tensor:
     """The prompt and `new_tokens` greedy tokens after it, fewer if the text ends."""
     drafting = {} if exit_ is None else {"assistant_early_exit": exit_}
     out: Tensor = model.generate(  # type: ignore[operator]

@@ -11,7 +11,8 @@ exit k. The output is an ordinary model: transformers drafts with its first k bl
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,16 +121,24 @@ def _blocks_run(student: "PreTrainedModel", blocks: nn.ModuleList, exit_: int) -
     """How many blocks run when the config is changed as assistant_early_exit changes it."""
     ran: list[nn.Module] = []
     hooks = [block.register_forward_hook(lambda module, args, out: ran.append(module)) for block in blocks]
-    config = student.config
-    before = config.num_hidden_layers
-    config.num_hidden_layers = exit_
     try:
-        _glance(student)
+        with stopping_after(student, exit_):
+            _glance(student)
     finally:
-        config.num_hidden_layers = before
         for hook in hooks:
             hook.remove()
     return len(ran)
+
+
+@contextmanager
+def stopping_after(model: "PreTrainedModel", exit_: int) -> Iterator[None]:
+    """Within the context the model runs its first `exit_` blocks, by what assistant_early_exit does to it."""
+    before = model.config.num_hidden_layers
+    model.config.num_hidden_layers = exit_
+    try:
+        yield
+    finally:
+        model.config.num_hidden_layers = before
 
 
 def _final_norms(student: "PreTrainedModel", blocks: nn.ModuleList) -> list[nn.Module]:

@@ -9,7 +9,7 @@ import torch
 from llmpare.compress import devices
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
-from llmpare.compress.distill import drafting
+from llmpare.compress.distill import confidence, drafting
 from llmpare.compress.distill.plan import DistillPlan
 from llmpare.compress.errors import MemoryLimitError
 from llmpare.compress.estimate import batch_tokens
@@ -41,16 +41,22 @@ class Measured:
 def early_exits(
     plan: DistillPlan, made: Path, texts: Texts, device: torch.device, clock: Clock, progress: Progress
 ) -> list[dict[str, Any]]:
-    """What each early exit is worth, in the order of the request. made: the folder of the trained student."""
+    """What each early exit is worth, in the order of the request, with the settings of generation that it is worth it
+    with, the same for all. made: the folder of the trained student."""
     request = plan.request
     if not request.early_exit:
         return []
     progress.phase("drafting with early exits")
-    ids = torch.from_numpy(texts.evaluation.ids[:PROMPTS, : plan.seqlen // 2]).to(device)
+    half = plan.seqlen // 2
+    ids = torch.from_numpy(texts.evaluation.ids[:PROMPTS, :half]).to(device)
     with clock.phase("draft"), open_dense(made) as source:
         dtype = DTYPES[NAMES[plan.teacher_dtype(device.type)]]  # half precision is slow on processors
         model = whole.load(source, dtype, device, trust=request.trust_remote_code)
-        return [each.to_json() for each in drafting.measure(model, ids, request.early_exit, plan.seqlen // 2)]
+        written = [drafting.generate(model, prompt, half, None) for prompt in ids.split(1)]
+        settings = confidence.settings(model, written, half, request.early_exit)
+        model.generation_config.update(**settings)
+        found = drafting.measure(model, ids, request.early_exit, half)
+    return [{**each.to_json(), "generation_config": settings} for each in found]
 
 
 def measure(

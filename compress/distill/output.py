@@ -3,12 +3,12 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from llmpare.compress.checkpoint.files import copy_file, write_file
-from llmpare.compress.checkpoint.read import CONFIG
+from llmpare.compress.checkpoint.files import copy_file, read_json, write_file
+from llmpare.compress.checkpoint.read import CONFIG, MAX_CONFIG
 from llmpare.compress.checkpoint.tensors import DTYPES, to_bytes
 from llmpare.compress.checkpoint.write import CheckpointWriter, TensorSpec
 from llmpare.compress.errors import UnsupportedError
@@ -17,6 +17,8 @@ from llmpare.compress.model.layout import SUPPORTED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+GENERATION = "generation_config.json"
 
 
 def as_stored(student: "PreTrainedModel") -> Mapping[str, Tensor]:
@@ -59,3 +61,10 @@ def write(folder: Path, student: "PreTrainedModel", source: DenseSource) -> dict
     else:
         copy_file(source.folder / CONFIG, folder / CONFIG)
     return digests
+
+
+def set_generation(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Puts settings into generation_config.json, beside what it has; makes one if there is none."""
+    path = folder / GENERATION
+    before = read_json(path, limit=MAX_CONFIG) if path.is_file() else {}
+    write_file(path, json.dumps({**before, **settings}, indent=2, ensure_ascii=False).encode() + b"\n")

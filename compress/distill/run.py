@@ -21,7 +21,7 @@ from llmpare.compress.calibration import Windows
 from llmpare.compress.checkpoint import publish
 from llmpare.compress.checkpoint.journal import Journal
 from llmpare.compress.clock import Clock
-from llmpare.compress.distill import inputs, lora, measure, rounding, scratch, setup
+from llmpare.compress.distill import inputs, lora, measure, output, rounding, scratch, setup
 from llmpare.compress.distill import report as reporting
 from llmpare.compress.distill.launch import Processes
 from llmpare.compress.distill.lessons import Lessons
@@ -131,6 +131,8 @@ def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> di
                 request.trust_remote_code, job.clock, job.progress,
             )  # fmt: skip
             exits = measure.early_exits(job.plan, job.folder, job.texts, processes.device, job.clock, job.progress)
+            if exits:
+                output.set_generation(job.folder, exits[0]["generation_config"])
             report = reporting.describe(
                 job.plan, job.teacher, student, job.folder, job.texts, trained, found, exits, processes, job.clock
             )

@@ -99,11 +99,14 @@ def _exits(exits: Sequence[Section]) -> list[str]:
         )
         for each in exits
     ]
+    drafting = exits[0]["generation_config"]
     head = ("blocks", "drafts accepted", "tokens per check", "tokens per second", "times as fast", "same text")
     return [
         "## Early exits",
         "",
         "Greedy generation by `generate(assistant_early_exit=blocks)` of transformers, against that by all blocks.",
+        f"A draft ends after {drafting['num_assistant_tokens']} tokens, or with one that the exit gives less than "
+        f"{drafting['assistant_confidence_threshold']:g}, as `generation_config.json` now says.",
         "",
         *table(head, rows, right="012345"),
     ]

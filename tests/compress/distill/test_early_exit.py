@@ -17,7 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from llmpare.compress.distill import drafting, early_exit, losses
+from llmpare.compress.distill import confidence, drafting, early_exit, losses
 from llmpare.compress.distill.early_exit import EarlyExit
 from llmpare.compress.distill.forward import Forward
 from llmpare.compress.distill.losses import Objective
@@ -167,5 +167,45 @@ def test_drafts_change_nothing_and_are_counted() -> None:
     assert poor.accepted < poor.drafted
     entry = good.to_json()
     assert entry["acceptance"] == 1.0
-    assert entry["speedup"] == pytest.approx(good.plain_seconds / good.drafted_seconds)
+    assert entry["speedup"] == pytest.approx(good.plain_seconds[0] / good.drafted_seconds[0])
+    assert student.config.num_hidden_layers == 4
+
+
+def idle_behind(student: PreTrainedModel, exit_: int) -> PreTrainedModel:
+    """The model, with blocks that do nothing behind the exit, and texts without an end."""
+    for block in student.model.layers[exit_:]:
+        block.self_attn.o_proj.weight.data.zero_()
+        block.mlp.down_proj.weight.data.zero_()
+    student.generation_config.eos_token_id = None
+    return student.eval()
+
+
+def test_the_cost_of_drafting_is_told_from_the_text_alone() -> None:
+    """An exit that is always right: transformers itself makes as many drafts and checks. Others: by hand."""
+    student = idle_behind(model(), 2)
+    prompt = torch.randint(0, 50, (1, 6), generator=torch.Generator().manual_seed(0))
+    text = drafting.generate(student, prompt, 40, None)
+    guesses = confidence.guess(student, text, 6, 2)
+    assert all(guesses.right)
+    student.generation_config.num_assistant_tokens = confidence.LONGEST
+    student.generation_config.num_assistant_tokens_schedule = "constant"
+    student.generation_config.assistant_confidence_threshold = 0.0
+    found = drafting.measure(student, prompt, [2], 40)[0]
+    assert confidence.spent(guesses, 0.0, 0.0) == found.checks == 2
+    assert confidence.spent(guesses, 0.0, 1.0) == found.checks + found.drafted
+    for share in (0.0, 0.25):
+        once = confidence.Guesses([True] * 4, [0.9, 0.3, 0.9, 0.9])
+        assert confidence.spent(once, 0.5, share) == 2 + 2 * share
+    wrong = confidence.Guesses([True, False, True, True], [0.9, 0.9, 0.1, 0.9])
+    assert confidence.spent(wrong, 0.5, 0.25) == pytest.approx(2 + 4 * 0.25)  # three drafted, one stays; one, it stays
+
+
+def test_an_exit_that_is_often_wrong_has_to_be_surer() -> None:
+    student = idle_behind(model(), 2)
+    prompts = torch.randint(0, 50, (3, 6), generator=torch.Generator().manual_seed(0))
+    texts = [drafting.generate(student, prompt, 30, None) for prompt in prompts.split(1)]
+    chosen = {exit_: confidence.settings(student, texts, 6, [exit_]) for exit_ in (1, 2)}
+    assert chosen[2]["assistant_confidence_threshold"] == 0.0
+    assert chosen[1]["assistant_confidence_threshold"] > 0.0
+    assert confidence.settings(student, texts, 6, [1, 2]) == chosen[2]  # the best exit decides
     assert student.config.num_hidden_layers == 4

@@ -306,9 +306,15 @@ def test_a_cache_is_enough(place: Place, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_student_writes_for_itself_and_learns_to_stop_early(place: Place, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert main(place.command(out, "--on-policy", "0.5", "--early-exit", "1")) == 0
+    out, student = tmp_path / "out", tmp_path / "student"
+    shutil.copytree(place.student, student)
+    (student / "generation_config.json").write_text('{"do_sample": true, "num_assistant_tokens": 3}')
+    assert main(place.command(out, "--student", str(student), "--on-policy", "0.5", "--early-exit", "1")) == 0
     report = report_of(out)
+    drafting = report["distillation"]["early_exits"][0]["generation_config"]
+    assert drafting["num_assistant_tokens"] == 20
+    assert json.loads((out / "generation_config.json").read_bytes()) == {"do_sample": True, **drafting}
+    assert "as `generation_config.json` now says" in (out / "report.md").read_text(encoding="utf-8")
     assert report["request"]["early_exit"] == [1]
     assert [each["exit"] for each in report["distillation"]["early_exits"]] == [1]
     assert "Early exits" in (out / "report.md").read_text(encoding="utf-8")

@@ -12,10 +12,17 @@ class Processes:
     """This process among the others. device: its own. first: whether it is the one that writes and reports."""
 
     def __init__(self, device: str) -> None:
-        """Joins the others, if there are any. Raises UsageError for a device that cannot be had."""
+        """Joins the others, if there are any. Raises UsageError for a device that cannot be had or shared so."""
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
         wanted = devices.find(device)
+        if wanted.type == "cpu" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            # accelerate would say nothing and give every process the whole model.
+            raise UsageError(
+                "FSDP was asked for, and accelerate shards a model over GPUs only",
+                "on the CPU use torchrun or accelerate launch without FSDP: every process then holds the whole model",
+            )
         if wanted.index:
             raise UsageError(
                 f"--device {device}: training takes the devices it is given",

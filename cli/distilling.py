@@ -6,7 +6,7 @@ from typing import Any
 from llmpare.cli.pruning import common
 from llmpare.cli.requests import given
 from llmpare.cli.settings import Settings, required
-from llmpare.compress.distill.request import DistillRequest
+from llmpare.compress.distill.request import DistillRequest, carving_flags
 from llmpare.compress.errors import UsageError
 from llmpare.compress.prune.cut import Cut
 from llmpare.compress.request import parse_scheme
@@ -35,7 +35,8 @@ def distill_request(settings: Settings) -> DistillRequest:
         options["rate"] = settings["lr"]
     options |= _scheme(settings)
     if cut:
-        options["cut"] = Cut(**cut)
+        with carving_flags():
+            options["cut"] = Cut(**cut)
     return DistillRequest(
         **common({**settings, "model": model}),
         **options,

@@ -93,7 +93,7 @@ def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, 
         spec = _spec(plan, source, texts)
         if publish.finished(request.out, spec):
             progress.phase("verifying")
-            return _existing(plan, source, texts)
+            return _existing(plan, source)
         plan = within_room(plan, devices.room(device), device.type)
         devices.limit(device, request.max_memory)
         with publish.Workspace(request.out, force=request.force, restart=request.restart) as workspace:
@@ -273,16 +273,22 @@ def _spec(plan: Plan, source: Checkpoint, texts: Texts) -> dict[str, Any]:
     }
 
 
-def _existing(plan: Plan, source: Checkpoint, texts: Texts) -> dict[str, Any]:
-    """The report of a finished output of the same request, judged by the gates of this request."""
-    request = plan.request
-    publish.settle(request.out)
-    manifest = publish.verify(request.out)
+def _existing(plan: Plan, source: Checkpoint) -> dict[str, Any]:
     for name in source.tensors:
         source.read(name)
-    if manifest["source"]["weights_sha256"] != weights_digest(source):
+    return verified(plan.request, weights_digest(source))
+
+
+def verified(request: RunRequest, weights_sha256: str) -> dict[str, Any]:
+    """The report of a finished output of the same request, read back, and judged by the gates of this request.
+
+    weights_sha256: of the model as it is now.
+    """
+    publish.settle(request.out)
+    manifest = publish.verify(request.out)
+    if manifest["source"]["weights_sha256"] != weights_sha256:
         raise InputError(
-            f"{request.out} was made from other weights than {plan.model} holds now", "--force makes it anew"
+            f"{request.out} was made from other weights than {request.model} holds now", "--force makes it anew"
         )
     report: dict[str, Any] = json.loads((request.out / REPORTS[0]).read_bytes())
     report["gates"] = gates.evaluate(request.gates, report["fidelity"], report["size"])

@@ -13,7 +13,7 @@ from llmpare.compress.checkpoint.files import shown
 from llmpare.compress.checkpoint.header import tensor_bytes
 from llmpare.compress.distill import defaults, estimate
 from llmpare.compress.distill.defaults import Pace
-from llmpare.compress.distill.request import DistillRequest
+from llmpare.compress.distill.request import DistillRequest, carving_flags
 from llmpare.compress.errors import InputError, MemoryLimitError, OutputError, UsageError
 from llmpare.compress.estimate import disk_free
 from llmpare.compress.formats.decoded import DenseSource, open_dense
@@ -174,7 +174,8 @@ def check_room(plan: DistillPlan, room: int) -> None:
 
 def carving(request: DistillRequest) -> ShrinkPlan:
     """The plan by which prune cuts the student out of the teacher."""
-    plan = plan_prune(carve_request(request))
+    with carving_flags():
+        plan = plan_prune(carve_request(request))
     assert isinstance(plan, ShrinkPlan)
     return plan
 

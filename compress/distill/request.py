@@ -1,12 +1,15 @@
 """What `llmpare distill` is asked to do, as plain numbers and names: no torch."""
 
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmpare.compress.distill import defaults
-from llmpare.compress.errors import UsageError
+from llmpare.compress.errors import LlmpareError, UsageError
 from llmpare.compress.prune.cut import Cut
 from llmpare.compress.request import RunRequest, Scheme
 
@@ -121,3 +124,19 @@ class DistillRequest(RunRequest):
         for name in ("student", "student_config", "save_steps", "cache_teacher", "teacher_absent"):
             del fields[name]
         return {**fields, "cached_teacher": self.cache_teacher is not None}
+
+
+@contextmanager
+def carving_flags() -> Iterator[None]:
+    """Within the context, errors of prune name the flags that distill has for it."""
+    try:
+        yield
+    except LlmpareError as error:
+        error.message, error.hint = (_renamed(text) for text in (error.message, error.hint))
+        error.args = (error.message,)
+        raise
+
+
+def _renamed(text: str) -> str:
+    text = re.sub(r"--(?=(ffn|heads|hidden|layers)(?![\w-]))", "--student-", text)
+    return text.replace("--drop-layers", "llmpare prune --drop-layers")

@@ -26,14 +26,13 @@ from llmpare.compress.distill import report as reporting
 from llmpare.compress.distill.launch import Processes
 from llmpare.compress.distill.lessons import Lessons
 from llmpare.compress.distill.plan import DistillPlan, carve_request, carved_folder, check_room, plan_distill
-from llmpare.compress.distill.request import DistillRequest
+from llmpare.compress.distill.request import DistillRequest, carving_flags
 from llmpare.compress.distill.train import train
-from llmpare.compress.errors import InputError
 from llmpare.compress.evaluate.models import digest
 from llmpare.compress.formats.decoded import DenseSource, open_dense
 from llmpare.compress.progress import Progress, Silent
-from llmpare.compress.report import build, gates, html, markdown
-from llmpare.compress.run import REPORTS, run_prune, run_quantize
+from llmpare.compress.report import build, html, markdown
+from llmpare.compress.run import REPORTS, run_prune, run_quantize, verified
 from llmpare.compress.texts import Texts
 from llmpare.compress.version import VERSION
 
@@ -88,7 +87,7 @@ def run_distill(request: DistillRequest, progress: Progress) -> dict[str, Any] |
         if publish.finished(request.out, spec):
             processes.told({"folder": None, "resume": None})
             progress.phase("verifying")
-            return _existing(job)
+            return verified(request, digest(teacher))
         check_room(plan, devices.room(device))
         with publish.Workspace(request.out, force=request.force, restart=request.restart) as workspace:
             for message in workspace.messages:
@@ -160,7 +159,7 @@ def _student(job: Job, journal: Journal) -> Path:
     if STUDENT not in journal.done:
         if plan.carve is not None:
             job.progress.phase("carving the student")
-            with job.clock.phase("carve"):
+            with job.clock.phase("carve"), carving_flags():
                 run_prune(carve_request(request), job.progress)
         else:
             assert request.student_config is not None
@@ -227,20 +226,3 @@ def _keep_only(place: Path, checkpoint: str | None) -> None:
 
 def _partial(out: Path) -> Path:
     return out.parent / f"{out.name}.partial"
-
-
-def _existing(job: Job) -> dict[str, Any]:
-    """The report of a finished output of the same request, judged by the gates of this request."""
-    request = job.plan.request
-    publish.settle(request.out)
-    manifest = publish.verify(request.out)
-    if manifest["source"]["weights_sha256"] != digest(job.teacher):
-        raise InputError(
-            f"{request.out} was made from other weights than {request.model} holds now", "--force makes it anew"
-        )
-    report: dict[str, Any] = json.loads((request.out / REPORTS[0]).read_bytes())
-    report["gates"] = gates.evaluate(request.gates, report["fidelity"], report["size"])
-    report["passed"] = gates.measurable(report["fidelity"]) and gates.verdict(
-        report["gates"], strict=request.strict, fallbacks=report["fallbacks"], warnings=report["warnings"]
-    )
-    return report

@@ -231,6 +231,12 @@ REFUSED = {
     "unknown loss": (["--loss", "l2"], 2, "unknown loss 'l2'"),
     "beta without jsd": (["--beta", "0.3"], 2, "--beta belongs to --loss jsd"),
     "states without a teacher": (["--loss", "cross-entropy", "--hidden-loss", "mse"], 2, "does without"),
+    "no share": (["--student-ffn", "0"], 2, "--student-ffn 0 is no share"),
+    "layers that are not there": (
+        ["--student-ffn", "0.5", "--student-layers", "9"],
+        2,
+        "--student-layers 9: the model has 2",
+    ),
     "too short": (["--seqlen", "128", "--eval-nsamples", "1000"], 3, "1000 windows of 128 need"),
     "no room": (["--max-memory", "100MiB"], 6, "the training needs about"),
 }

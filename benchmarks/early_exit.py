@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 EXITS = (2, 4)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 128, 128
@@ -90,7 +91,6 @@ def continued(model: Any, prompt: torch.Tensor, **drafting: Any) -> tuple[torch.
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
-        pad_token_id=0,
         **drafting,
     )
     return out, time.perf_counter() - start
@@ -111,6 +111,7 @@ def main() -> None:
     prompts = [tokenizer(json.loads(line)["text"], return_tensors="pt")["input_ids"] for line in lines]
     threshold = model.generation_config.assistant_confidence_threshold
     print(f"{model.config.num_hidden_layers} blocks, threshold {threshold}, {torch.get_num_threads()} threads")
+    logging.set_verbosity_error()  # of transformers, which would say that it pads with the end of text
     for exit_ in EXITS:
         for warm in ({}, {"assistant_early_exit": exit_}):
             continued(model, prompts[0][:, :PROMPT_TOKENS], **warm)

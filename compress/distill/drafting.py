@@ -91,14 +91,16 @@ def measure(model: "PreTrainedModel", prompts: Tensor, exits: Sequence[int], new
 
 @torch.no_grad()
 def generate(model: "PreTrainedModel", prompt: Tensor, new_tokens: int, exit_: int | None) -> Tensor:
-    """The prompt and `new_tokens` greedy tokens after it, fewer if the text ends."""
+    """The prompt and `new_tokens` greedy tokens after it, fewer if the text ends.
+
+    No token is named for padding: drafts would take it for padding wherever it stands in the text.
+    """
     drafting = {} if exit_ is None else {"assistant_early_exit": exit_}
     out: Tensor = model.generate(  # type: ignore[operator]
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=new_tokens,
         do_sample=False,
-        pad_token_id=0,
         **drafting,
     )
     return out

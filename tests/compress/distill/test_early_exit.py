@@ -181,18 +181,22 @@ def idle_behind(student: PreTrainedModel, exit_: int) -> PreTrainedModel:
 
 
 def test_the_cost_of_drafting_is_told_from_the_text_alone() -> None:
-    """An exit that is always right: transformers itself makes as many drafts and checks. Others: by hand."""
+    """An exit that is always right: transformers itself makes as many drafts and checks, whatever the threshold."""
     student = idle_behind(model(), 2)
     prompt = torch.randint(0, 50, (1, 6), generator=torch.Generator().manual_seed(0))
-    text = drafting.generate(student, prompt, 40, None)
+    text = drafting.generate(student, prompt, 60, None)
     guesses = confidence.guess(student, text, 6, 2)
     assert all(guesses.right)
-    student.generation_config.num_assistant_tokens = confidence.LONGEST
-    student.generation_config.num_assistant_tokens_schedule = "constant"
-    student.generation_config.assistant_confidence_threshold = 0.0
-    found = drafting.measure(student, prompt, [2], 40)[0]
-    assert confidence.spent(guesses, 0.0, 0.0) == found.checks == 2
-    assert confidence.spent(guesses, 0.0, 1.0) == found.checks + found.drafted
+    seen = set()
+    for threshold in (0.0, 0.4, 0.8):
+        student.generation_config.num_assistant_tokens = confidence.LONGEST
+        student.generation_config.num_assistant_tokens_schedule = "constant"
+        student.generation_config.assistant_confidence_threshold = threshold
+        found = drafting.measure(student, prompt, [2], 60)[0]
+        assert confidence.spent(guesses, threshold, 0.0) == found.checks
+        assert confidence.spent(guesses, threshold, 1.0) == found.checks + found.drafted
+        seen.add(found.checks)
+    assert len(seen) > 1
     for share in (0.0, 0.25):
         once = confidence.Guesses([True] * 4, [0.9, 0.3, 0.9, 0.9])
         assert confidence.spent(once, 0.5, share) == 2 + 2 * share

@@ -54,7 +54,7 @@ REFUSED = {
     "Gemma 3n": "its blocks take arguments that depend on the tokens",
     "RecurrentGemma": "their blocks hold matrices that belong to no linear",
     "`--format gptq` for mixtures": "transformers fills their experts with random numbers",
-    "`compressed-tensors` for experts in one tensor: Granite, gpt-oss": "no loader unpacks them; `--ignore experts` works",
+    "`compressed-tensors` for experts in one tensor: Granite, gpt-oss": "no loader unpacks them: `--ignore experts`",
     "experts with zero points or under several schemes": "transformers loads them wrong, some without a word",
     "`--method tuned` and `--correction` for mixtures": "a compressed model sends tokens to other experts",
     "`compressed-tensors` for GPT-2": "it knows no Conv1D",

@@ -218,7 +218,9 @@ MinAgreement = Annotated[Text, value("--min-agreement", metavar="X%", help="Gate
 MaxSize = Annotated[Text, value("--max-size", metavar="SIZE", help="Gate: size of the weights, as 4GB.")]
 
 Device = Annotated[Text, value("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N.")]
-Dtype = Annotated[Text, value("--dtype", metavar="NAME", help="auto (default), float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    Text, value("--dtype", metavar="NAME", help="Of the forward passes: auto (default), float32, bfloat16 or float16.")
+]
 Seed = Annotated[Text, value("--seed", metavar="N", help="Seed of whatever is random.")]
 MaxMemory = Annotated[Text, value("--max-memory", metavar="SIZE", help="Stay below this, as 16GiB.")]
 Revision = Annotated[Text, value("--revision", metavar="NAME", help="Branch, tag or commit of a hub model.")]

@@ -29,10 +29,11 @@ class Survey:
 class Command:
     """What one command decides; everything else about a run is the same for all.
 
-    survey(plan): the look that this plan needs before it can be carried out, if any.
+    plan(request, kind of device): what it will do. survey(plan): the look that this plan needs before it can be
+    carried out, if any.
     """
 
     name: str
-    plan: Callable[[Any], Plan]
+    plan: Callable[[Any, str], Plan]
     treatment: Callable[[Any, Models, Clock], Treatment]
     survey: Callable[[Any], Survey | None] = lambda plan: None

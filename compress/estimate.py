@@ -6,17 +6,16 @@ not far off; tests compare it with what runs really took.
 
 import os
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 from llmpare.compress import memory, quantize
 from llmpare.compress.calibration import DEFAULT_WINDOWS
 from llmpare.compress.checkpoint.header import TensorInfo, tensor_bytes
 from llmpare.compress.checkpoint.read import Checkpoint
+from llmpare.compress.hardware import torch_for_gpus
 from llmpare.compress.model.layout import Layout, Linear, decoder_config, find
 from llmpare.compress.request import NO_TEXT, QuantizeRequest, RunRequest, Scheme
 
@@ -24,6 +23,7 @@ _PROCESS = 480 * 2**20  # an interpreter with torch and transformers imported
 _CUDA_BUILD = 360 * 2**20  # what the libraries of a torch for GPUs take beyond that, on whatever device a run works
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # enough to keep the device busy, little enough to stay small
 _LOGIT_TOKENS = {"cpu": 512, "cuda": 4096}
+_GRAMS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}  # numbers in the statistics of experts that are solved together
 
 
 # Measured, and rounded up. What a solver holds at its peak, in float32: copies of the weights, of their Gram matrix,
@@ -34,18 +34,19 @@ _TUNED_WEIGHT = 48  # bytes: the weight, its place, offset, gradients and the tw
 _TUNED_OUTPUTS = 7  # what automatic differentiation keeps, in units of what the linears put out
 
 
-@cache
 def process() -> int:
     """Bytes that any run of this installation takes, with torch and transformers imported; imports neither."""
-    torch = find_spec("torch")
-    folders = torch.submodule_search_locations if torch else None
-    built_for_gpus = any(next(Path(folder, "lib").glob("*torch_cuda.*"), None) for folder in folders or ())
-    return _PROCESS + (_CUDA_BUILD if built_for_gpus else 0)
+    return _PROCESS + (_CUDA_BUILD if torch_for_gpus() else 0)
 
 
 def batch_tokens(device: str) -> int:
     """Tokens that pass through a block at once."""
     return _BATCH_TOKENS.get(device, _BATCH_TOKENS["cpu"])
+
+
+def experts_at_once(columns: int, device: str) -> int:
+    """Experts whose linears, with so many inputs, are solved in one loop."""
+    return max(1, _GRAMS_AT_ONCE.get(device, _GRAMS_AT_ONCE["cpu"]) // columns**2)
 
 
 def logit_tokens(device: str) -> int:
@@ -141,10 +142,6 @@ class Needs:
         """Bytes of hidden states that wait outside of memory."""
         return 0 if self.way.kept else self._streams
 
-    def on(self, device: str) -> "Needs":
-        """The same on a device of this kind."""
-        return replace(self, device=device)
-
     def within(self, room: int) -> "Needs":
         """The quickest way to do with `room` bytes; if there is none, the one that needs least."""
         ways = self._ways()
@@ -223,8 +220,9 @@ def needs(
     *,
     dtype: str,
     seqlen: int,
+    device: str = "cpu",
 ) -> Needs:
-    """What quantizing this checkpoint takes. dtype: of the forward passes. seqlen: tokens per window."""
+    """What quantizing this checkpoint takes: see needs_of."""
     method = quantize.find(request.method)
     tunes = method.tuner is not None
     correction = bool(dict(request.options).get("correction"))
@@ -235,13 +233,23 @@ def needs(
         tunes=tunes,
         dense_too=tunes or correction,
     )
-    return needs_of(checkpoint, layout, request, work, dtype=dtype, seqlen=seqlen)
+    return needs_of(checkpoint, layout, request, work, dtype=dtype, seqlen=seqlen, device=device)
 
 
 def needs_of(
-    checkpoint: Checkpoint, layout: Layout, request: RunRequest, work: Work, *, dtype: str, seqlen: int
+    checkpoint: Checkpoint,
+    layout: Layout,
+    request: RunRequest,
+    work: Work,
+    *,
+    dtype: str,
+    seqlen: int,
+    device: str = "cpu",
 ) -> Needs:
-    """What a run takes that treats blocks in this way. dtype: of the forward passes. seqlen: tokens per window."""
+    """What a run takes that treats blocks in this way.
+
+    dtype: of the forward passes. seqlen: tokens per window. device: the kind of it.
+    """
     size = tensor_bytes(dtype, (1,))
     tensors = checkpoint.tensors
     config = decoder_config(checkpoint.config)
@@ -250,7 +258,7 @@ def needs_of(
     sizes = {name: _loaded(tensors[name], size) for name in tensors}
     blocks = [sum(sizes[name] for name in block) for block in layout.blocks]
     treated = [[n for n in layout.of_block(i) if work.linears is None or n in work.linears] for i in range(len(blocks))]
-    stacks = [found for found in map(_stacks, treated) if found]
+    stacks = [each for linears in treated if (each := _stacks(linears, device))]
     text = request.calibration.dataset != NO_TEXT
     windows = (request.calibration.nsamples or DEFAULT_WINDOWS["calibration"]) if text else 0
     scored = request.evaluation.nsamples or DEFAULT_WINDOWS["evaluation"]
@@ -259,9 +267,9 @@ def needs_of(
     columns = max(_waiting(linears, routed, hidden) for linears in of_block)
     rows = max(linear.rows * (1 if linear.expert is None else routed) for linear in layout.linears)
     both = 2 if work.dense_too else 1
-    grams = max((columns * columns for found in stacks for _, columns in found), default=0)
+    grams = max((count * columns**2 for found in stacks for _, columns, count in found), default=0)
     if work.dense_too:  # of all inputs at once
-        grams = 2 * max((sum(columns * columns for _, columns in found) for found in stacks), default=0)
+        grams = 2 * max((sum(columns**2 for _, columns, _ in found) for found in stacks), default=0)
     models = 2 if work.twin else 1
     found = Needs(
         process=process(),
@@ -270,10 +278,10 @@ def needs_of(
         # experts are copied into their place, and what becomes of them waits until all of a block are done
         block=int(max(blocks) * (work.blocks + (2 if layout.experts else 0))) * models,
         following=max(sum(tensors[name].nbytes for name in block) for block in layout.blocks),
-        # of a single expert, and of all of its mixture together
-        statistics=4 * grams + 8 * max((n.columns**2 for n in layout.experts), default=0) if text else 0,
+        # and of all experts of a mixture together
+        statistics=4 * (grams + max((n.columns**2 for n in layout.experts), default=0)) if text else 0,
         solving=max(
-            max((_solving(rows, columns, work, text) for found in stacks for rows, columns in found), default=0),
+            max((_solving(*stack, work, text) for found in stacks for stack in found), default=0),
             _tuning(treated, min(batch_tokens("cpu"), windows * seqlen) * size) if work.tunes else 0,
         ),
         # the widest of the linears, thrice, beside the residual stream, and in float32 for its statistics
@@ -285,6 +293,7 @@ def needs_of(
         tokens=windows * seqlen,
         batch=max(windows, scored) * seqlen,
         frugal=not work.twin and not work.followed,
+        device=device,
     )
     return found if request.max_memory is None else found.within(request.max_memory)
 
@@ -294,12 +303,19 @@ def _loaded(info: TensorInfo, size: int) -> int:
     return info.nbytes if info.nbytes == info.numel * size else info.nbytes + info.numel * size
 
 
-def _stacks(linears: Sequence[Linear]) -> list[tuple[int, int]]:
-    """(rows, columns) of the matrices that a block's linears are solved as: one for all that read the same input."""
-    rows: dict[tuple[str, int], int] = defaultdict(int)
+def _stacks(linears: Sequence[Linear], device: str) -> list[tuple[int, int, int]]:
+    """(rows, columns, count) of the matrices that a block's linears are solved as, `count` of them in one loop.
+
+    All that read the same input are one matrix.
+    """
+    rows: dict[tuple[str, int, bool], int] = defaultdict(int)
     for linear in linears:
-        rows[linear.name.rpartition(".")[0], linear.columns] += linear.rows
-    return [(total, columns) for (_, columns), total in rows.items()]
+        rows[linear.name.rpartition(".")[0], linear.columns, linear.expert is not None] += linear.rows
+    alike = Counter((total, columns) for (_, columns, expert), total in rows.items() if expert)
+    return [
+        (total, columns, min(alike[total, columns], experts_at_once(columns, device)) if expert else 1)
+        for (_, columns, expert), total in rows.items()
+    ]
 
 
 def _waiting(linears: Sequence[Linear], routed: int, hidden: int) -> int:
@@ -309,10 +325,12 @@ def _waiting(linears: Sequence[Linear], routed: int, hidden: int) -> int:
     return max(widest, routed * max(inner, default=0))
 
 
-def _solving(rows: int, columns: int, work: Work, text: bool) -> int:
-    """Bytes that solving one matrix takes at its peak."""
-    at_once = work.rows * min(rows * columns, max(_ROWS_OF, columns))
-    return 4 * (work.weights * rows * columns + at_once + (work.grams * columns * columns if text else 0))
+def _solving(rows: int, columns: int, count: int, work: Work, text: bool) -> int:
+    """Bytes that solving `count` matrices in one loop takes at its peak."""
+    weights = count * rows * columns
+    at_once = work.rows * min(weights, max(_ROWS_OF, columns))
+    copies = work.grams + (2 if count > 1 and work.grams else 0)  # what is solved together lies in one piece
+    return 4 * (work.weights * weights + at_once + (copies * count * columns**2 if text else 0))
 
 
 def _tuning(of_block: Sequence[Sequence[Linear]], bytes_: int) -> int:

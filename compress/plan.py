@@ -21,22 +21,25 @@ from llmpare.compress.quantize.plan import plan_quantize
 __all__ = ["Plan", "plan_prune", "plan_quantize", "within_room"]
 
 _Plan = TypeVar("_Plan", bound=Plan)
-_PRUNING: dict[type[PruneRequest], Callable[[Any], Plan]] = {MaskRequest: plan_masks, ShrinkRequest: plan_structure}
+_PRUNING: dict[type[PruneRequest], Callable[[Any, str | None], Plan]] = {
+    MaskRequest: plan_masks,
+    ShrinkRequest: plan_structure,
+}
 
 
-def plan_prune(request: PruneRequest) -> Plan:
-    """The plan of a prune run, whatever it removes."""
-    return _PRUNING[type(request)](request)
+def plan_prune(request: PruneRequest, device: str | None = None) -> Plan:
+    """The plan of a prune run, whatever it removes. device: see planning.opened."""
+    return _PRUNING[type(request)](request, device)
 
 
-def within_room(plan: _Plan, room: int, device: str = "cpu") -> _Plan:
-    """The plan, made to fit `room` bytes on a device of this kind, --max-memory and the disk.
+def within_room(plan: _Plan, room: int) -> _Plan:
+    """The plan, made to fit `room` bytes on its device, --max-memory and the disk.
 
     Raises MemoryLimitError or OutputError when there is no way to.
     """
     limit = plan.request.max_memory
     have = room if limit is None else min(room, limit)
-    needs = plan.needs.on(device).within(have)
+    needs = plan.needs.within(have)
     if needs.memory > have:
         what = f"--max-memory {memory.show(have)}" if have == limit else f"{memory.show(have)} available"
         raise MemoryLimitError(

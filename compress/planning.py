@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llmpare.compress import memory
+from llmpare.compress import hardware, memory
 from llmpare.compress.calibration import DEFAULT_SEQLEN
 from llmpare.compress.checkpoint import locate
 from llmpare.compress.checkpoint.read import DENSE, Checkpoint
@@ -31,6 +31,7 @@ class Subject:
 
     model: Path
     layout: Layout
+    device: str  # the kind of device, cpu or cuda
     dtype: str  # the precision of the forward passes, as safetensors spells it
     seqlen: int
     longest: int  # tokens the model allows
@@ -180,8 +181,12 @@ class Plan(Subject, ABC):
 
 
 @contextmanager
-def opened(request: RunRequest) -> Iterator[tuple[Checkpoint, Subject]]:
-    """The model of a request, open, and what its headers say. Raises for a model that no command can take."""
+def opened(request: RunRequest, device: str | None = None) -> Iterator[tuple[Checkpoint, Subject]]:
+    """The model of a request, open, and what its headers say. Raises for a model that no command can take.
+
+    device: the kind it will run on, if that is known; else the one that --device seems to mean.
+    """
+    device = hardware.device_kind(request.device) if device is None else device
     model = locate.resolve(request.model, revision=request.revision)
     _refuse_nested(model, request.out)
     with open_source(model) as checkpoint:
@@ -194,7 +199,8 @@ def opened(request: RunRequest) -> Iterator[tuple[Checkpoint, Subject]]:
             Subject(
                 model=model,
                 layout=found,
-                dtype=_dtype(request.dtype, checkpoint, found),
+                device=device,
+                dtype=hardware.forward_dtype(request.dtype, _stored(found), device),
                 seqlen=request.calibration.seqlen or min(DEFAULT_SEQLEN, longest),
                 longest=longest,
                 vocabulary=find(decoder_config(config), "vocab_size", default=0),
@@ -228,14 +234,9 @@ def _refuse_custom_code(config: dict[str, Any], trusted: bool) -> None:
         )
 
 
-def _dtype(asked: str, checkpoint: Checkpoint, found: Layout) -> str:
-    """The precision of the forward passes: the one asked for, else the one most weights are stored in."""
-    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-    if asked == "auto":
-        counts: Counter[str] = Counter()
-        for linear in found.linears:
-            counts[linear.dtype] += linear.rows * linear.columns
-        return counts.most_common(1)[0][0]
-    if asked not in names:
-        raise UsageError(f"unknown dtype {asked!r}", f"--dtype takes auto, {', '.join(names)}")
-    return names[asked]
+def _stored(found: Layout) -> str:
+    """The precision that most weights of linears are stored in."""
+    counts: Counter[str] = Counter()
+    for linear in found.linears:
+        counts[linear.dtype] += linear.rows * linear.columns
+    return counts.most_common(1)[0][0]

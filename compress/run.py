@@ -82,8 +82,8 @@ def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, 
     transformers.logging.set_verbosity_error()
     memory.keep_lean()
     progress.phase("planning")
-    plan = command.plan(request)
     device = devices.find(request.device)
+    plan = command.plan(request, device.type)
     clock = Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None)
     with clock.phase("text"):
         texts = read_texts(plan)
@@ -94,7 +94,7 @@ def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, 
         if publish.finished(request.out, spec):
             progress.phase("verifying")
             return _existing(plan, source)
-        plan = within_room(plan, devices.room(device), device.type)
+        plan = within_room(plan, devices.room(device))
         devices.limit(device, request.max_memory)
         with publish.Workspace(request.out, force=request.force, restart=request.restart) as workspace:
             for message in workspace.messages:
@@ -111,7 +111,7 @@ def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, 
 def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> dict[str, Any]:
     """Fills the workspace and returns its manifest."""
     versions = {"llmpare": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
-    begun = {**spec, "versions": versions, "device": job.device.type}
+    begun = {**spec, "versions": versions, "device": job.device.type, "dtype": job.plan.dtype}
     with Journal(workspace.journal, begun) as journal:
         try:
             job = _surveyed(job, journal)

@@ -5,6 +5,7 @@ Nothing is left at its initial value: gains, biases, masks and position encoding
 """
 
 import itertools
+import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -300,9 +301,16 @@ def request(model: Path, out: Path, **changes: Any) -> QuantizeRequest:
         "calibration": TextSpec(str(text(model, "calibration")), nsamples=4, seqlen=LENGTH),
         "evaluation": TextSpec(str(text(model, "evaluation")), nsamples=2, seqlen=LENGTH),
         "device": "cpu",
+        "dtype": own_dtype(model),
         **changes,
     }
     return QuantizeRequest(**values)
+
+
+def own_dtype(model: Path) -> str:
+    """The precision that transformers loads a model in, as --dtype spells it: on every processor the same results."""
+    config = json.loads((model / "config.json").read_text())
+    return str(config.get("dtype") or config["text_config"]["dtype"])
 
 
 def tokens(windows: int = 2, length: int = LENGTH) -> Tensor:

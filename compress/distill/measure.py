@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llmpare.compress import devices
+from llmpare.compress import devices, hardware
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
 from llmpare.compress.distill import confidence, drafting
@@ -15,7 +15,6 @@ from llmpare.compress.errors import MemoryLimitError
 from llmpare.compress.estimate import batch_tokens
 from llmpare.compress.evaluate import compare, fidelity
 from llmpare.compress.evaluate.models import Subject
-from llmpare.compress.evaluate.run import NAMES
 from llmpare.compress.evaluate.stream import Reader, Setup, read
 from llmpare.compress.formats.decoded import DenseSource, open_dense
 from llmpare.compress.model import whole
@@ -50,7 +49,7 @@ def early_exits(
     half = plan.seqlen // 2
     ids = torch.from_numpy(texts.evaluation.ids[:PROMPTS, :half]).to(device)
     with clock.phase("draft"), open_dense(made) as source:
-        dtype = DTYPES[NAMES[plan.teacher_dtype(device.type)]]  # half precision is slow on processors
+        dtype = DTYPES[hardware.DTYPES[plan.teacher_dtype(device.type)]]  # half precision is slow on processors
         model = whole.load(source, dtype, device, trust=request.trust_remote_code)
         written = [drafting.generate(model, prompt, half, None) for prompt in ids.split(1)]
         settings = confidence.settings(model, written, half, request.early_exit)
@@ -65,7 +64,7 @@ def measure(
 ) -> Measured:  # fmt: skip
     """Both fidelities. student: as it came. made: the folder of what it has become; rounded: of
     what quantization alone made of it. dtype: as --dtype has it."""
-    named = NAMES[dtype] if dtype != "auto" else Subject("", "", teacher, None).dtype
+    named = hardware.forward_dtype(dtype, Subject("", "", teacher, None).dtype, device.type)
     ids = torch.from_numpy(texts.evaluation.ids)
     setup = Setup(DTYPES[named], device, max(1, batch_tokens(device.type) // ids.shape[1]), trust, clock, progress)
     fallbacks: list[dict[str, str]] = []

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmpare.compress import hardware
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
 from llmpare.compress.distill import cache, lora, losses, output, rounding
@@ -23,7 +24,6 @@ from llmpare.compress.distill.teachers import LiveTeacher, TextAlone
 from llmpare.compress.distill.train import Training
 from llmpare.compress.errors import InputError
 from llmpare.compress.estimate import batch_tokens
-from llmpare.compress.evaluate.run import NAMES
 from llmpare.compress.evaluate.stream import Setup
 from llmpare.compress.evaluate.vocabulary import require_same
 from llmpare.compress.formats.decoded import DenseSource
@@ -103,7 +103,7 @@ def cache_teacher(plan: DistillPlan, ids: Tensor, device: torch.device, clock: C
 
 
 def _teacher_dtype(plan: DistillPlan, device: torch.device) -> torch.dtype:
-    return DTYPES[NAMES[plan.teacher_dtype(device.type)]]
+    return DTYPES[hardware.DTYPES[plan.teacher_dtype(device.type)]]
 
 
 def write(trained: Pupil, source: DenseSource, folder: Path, request: DistillRequest) -> dict[str, str]:

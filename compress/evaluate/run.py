@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from llmpare.compress import devices
+from llmpare.compress import devices, hardware
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
 from llmpare.compress.errors import InputError, MemoryLimitError, UsageError
@@ -27,8 +27,6 @@ from llmpare.compress.evaluate.stream import Reader, Setup, read
 from llmpare.compress.formats.decoded import open_dense
 from llmpare.compress.progress import Progress
 from llmpare.compress.report import against, gates
-
-NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def run_evaluate(request: EvaluateRequest, progress: Progress) -> dict[str, Any]:
@@ -78,7 +76,7 @@ def _prepare(request: EvaluateRequest, device: torch.device, clock: Clock, progr
                 "give the original model as --baseline: vocabularies can then be cut to what they share",
             )
     windows, seqlen = watched.ids.shape
-    dtype = NAMES[request.dtype] if request.dtype != "auto" else (baseline or candidates[0]).dtype
+    dtype = hardware.forward_dtype(request.dtype, (baseline or candidates[0]).dtype, device.type)
     if request.dtype == "auto" and saved is not None:
         dtype = saved.identity.dtype
     needs = estimate.needs(subjects, dtype=dtype, device=device.type, seqlen=seqlen, paired=baseline is not None)

@@ -49,12 +49,12 @@ def sized(plan: ShrinkPlan, ffn: int, heads: int, depth: int, *, in_bytes: bool)
     return parameters(outside) + depth * parameters(block)
 
 
-def plan_shrink(request: ShrinkRequest) -> ShrinkPlan:
+def plan_shrink(request: ShrinkRequest, device: str | None = None) -> ShrinkPlan:
     """The plan of structured pruning. Raises for everything that cannot work and can be known now."""
     cut = request.cut
     if request.calibration.dataset == NO_TEXT:
         raise UsageError("structured pruning needs calibration text", "give a --dataset")
-    with opened(request) as (checkpoint, subject):
+    with opened(request, device) as (checkpoint, subject):
         found, config = subject.layout, checkpoint.config
         if sees(config):
             raise UnsupportedError(
@@ -80,7 +80,9 @@ def plan_shrink(request: ShrinkRequest) -> ShrinkPlan:
 
 def _needs(checkpoint: Checkpoint, subject: Subject, request: ShrinkRequest) -> Needs:
     """What the run takes; windows that wait inside a block do so with what its writers put out in the original."""
-    need = needs_of(checkpoint, subject.layout, request, WORK, dtype=subject.dtype, seqlen=subject.seqlen)
+    need = needs_of(
+        checkpoint, subject.layout, request, WORK, dtype=subject.dtype, seqlen=subject.seqlen, device=subject.device
+    )
     widest = max(linear.columns for linear in subject.layout.linears)
     size, hidden = tensor_bytes(subject.dtype, (1,)), structure.hidden_size(checkpoint.config, subject.layout)
     return replace(need, waiting_per_token=size * (widest + 4 * hidden) + 4 * hidden)

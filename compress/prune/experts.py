@@ -149,7 +149,7 @@ class ExpertPlan(Plan):
         return replace(linear, expert=linear.expert and replace(linear.expert, count=self.keep))
 
 
-def plan_experts(request: ShrinkRequest) -> ExpertPlan:
+def plan_experts(request: ShrinkRequest, device: str | None = None) -> ExpertPlan:
     """The plan of a run that removes experts. Raises for everything that cannot work and can be known now."""
     keep = request.cut.experts
     assert keep is not None
@@ -158,7 +158,7 @@ def plan_experts(request: ShrinkRequest) -> ExpertPlan:
         raise UsageError(f"--experts and {others} in one run", "do one after the other")
     if request.calibration.dataset == NO_TEXT:
         raise UsageError("structured pruning needs calibration text", "give a --dataset")
-    with opened(request) as (checkpoint, subject):
+    with opened(request, device) as (checkpoint, subject):
         config, found = checkpoint.config, subject.layout
         count, groups = _counts(found, config, keep)
         plan = ExpertPlan(
@@ -166,7 +166,13 @@ def plan_experts(request: ShrinkRequest) -> ExpertPlan:
             request=request,
             specs=(),
             needs=needs_of(
-                checkpoint, found, request, Work(1, 0, twin=True), dtype=subject.dtype, seqlen=subject.seqlen
+                checkpoint,
+                found,
+                request,
+                Work(1, 0, twin=True),
+                dtype=subject.dtype,
+                seqlen=subject.seqlen,
+                device=subject.device,
             ),
             warnings=(),
             count=count,
@@ -178,9 +184,9 @@ def plan_experts(request: ShrinkRequest) -> ExpertPlan:
     return replace(plan, specs=tuple(plan.all_specs()))
 
 
-def plan_structure(request: ShrinkRequest) -> Plan:
+def plan_structure(request: ShrinkRequest, device: str | None = None) -> Plan:
     """The plan of structured pruning, whatever it removes."""
-    return plan_shrink(request) if request.cut.experts is None else plan_experts(request)
+    return plan_shrink(request, device) if request.cut.experts is None else plan_experts(request, device)
 
 
 def _counts(found: Layout, config: Mapping[str, Any], keep: int) -> tuple[int, int]:

@@ -122,7 +122,7 @@ class MaskPlan(StoredPlan):
         return replace(self, sparsity={linear: sparsity[linear.name] for linear in self.layout.linears})
 
 
-def plan_masks(request: MaskRequest) -> MaskPlan:
+def plan_masks(request: MaskRequest, device: str | None = None) -> MaskPlan:
     """The plan of a run that sets weights to zero. Raises for everything that cannot work and can be known now."""
     method = prune.find(request.method)
     form = formats.find(request.format)
@@ -133,7 +133,7 @@ def plan_masks(request: MaskRequest) -> MaskPlan:
             f"--method {request.method} as asked for needs calibration text",
             "give a --dataset, or use --method magnitude alone",
         )
-    with opened(request) as (checkpoint, subject):
+    with opened(request, device) as (checkpoint, subject):
         found = subject.layout
         ignored = {n for n in found.linears if any(re.search(pattern, n.name) for pattern in request.ignore)}
         sparsity = {linear: 0.0 if linear in ignored else request.sparsity for linear in found.linears}
@@ -148,7 +148,9 @@ def plan_masks(request: MaskRequest) -> MaskPlan:
         copies = _COPIES_THEN if request.then else _COPIES[request.method]
         followed = _PARTS * len(found.blocks) * max(SAMPLE, subject.seqlen) if request.allocation == MEASURED else 0
         work = Work(*copies, followed=followed)
-        needs = needs_of(checkpoint, found, request, work, dtype=subject.dtype, seqlen=subject.seqlen)
+        needs = needs_of(
+            checkpoint, found, request, work, dtype=subject.dtype, seqlen=subject.seqlen, device=subject.device
+        )
         if not (method.corrects or options[prune.REFIT] or request.then):
             needs = replace(
                 needs, waiting_per_token=0

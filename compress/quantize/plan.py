@@ -32,12 +32,12 @@ class QuantizePlan(StoredPlan):
         }
 
 
-def plan_quantize(request: QuantizeRequest) -> QuantizePlan:
+def plan_quantize(request: QuantizeRequest, device: str | None = None) -> QuantizePlan:
     """The plan of a quantize run. Raises for everything that cannot work and can be known now."""
     method, form = quantize.find(request.method), formats.find(request.format)
     if request.calibration.dataset == NO_TEXT and method.needs_text:
         raise UsageError(f"--method {request.method} needs calibration text", "give a --dataset, or use --method rtn")
-    with opened(request) as (checkpoint, subject):
+    with opened(request, device) as (checkpoint, subject):
         _refuse_little(checkpoint, subject.layout)
         _refuse_for_experts(request, subject.layout)
         schemes, warnings = _schemes(request, subject.layout)
@@ -45,7 +45,15 @@ def plan_quantize(request: QuantizeRequest) -> QuantizePlan:
             **vars(subject),
             request=request,
             specs=tuple(stored_specs(checkpoint, subject.layout, schemes, form)),
-            needs=needs(checkpoint, subject.layout, schemes, request, dtype=subject.dtype, seqlen=subject.seqlen),
+            needs=needs(
+                checkpoint,
+                subject.layout,
+                schemes,
+                request,
+                dtype=subject.dtype,
+                seqlen=subject.seqlen,
+                device=subject.device,
+            ),
             warnings=(*warnings, *form.notes(schemes)),
             schemes=schemes,
             format=form,

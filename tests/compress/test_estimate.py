@@ -104,7 +104,7 @@ def test_what_has_to_stay_is_not_given_up() -> None:
 
 
 def test_the_device_decides_how_much_is_done_at_once() -> None:
-    assert large(waiting=0, forward_per_token=2**20).on("cuda").memory > large(forward_per_token=2**20).memory
+    assert large(waiting=0, forward_per_token=2**20, device="cuda").memory > large(forward_per_token=2**20).memory
 
 
 def test_the_estimate_holds_what_is_surely_there(checkpoint: Checkpoint) -> None:

@@ -16,7 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from llmpare.compress import memory
+from llmpare.compress import hardware, memory
 from llmpare.compress.errors import InputError, LlmpareError, MemoryLimitError, OutputError, UsageError
 from llmpare.compress.plan import Plan, plan_quantize, within_room
 from llmpare.compress.progress import Silent
@@ -24,6 +24,12 @@ from llmpare.compress.request import AUTO, NO_TEXT, PER_CHANNEL, LayerRule, Sche
 from llmpare.compress.run import run_quantize
 
 GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that multiplies in every precision, whatever runs these tests."""
+    monkeypatch.setattr(hardware, "multiplies", lambda dtype: True)
 
 
 def plan(model: Path, out: Path = Path("out"), **changes: Any) -> Plan:

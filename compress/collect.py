@@ -1,7 +1,8 @@
 """Two ways to gather the statistics of a block's inputs, and one way to use them.
 
-Both are iterators over (names of the linears that share an input, statistics of that input), in order of use; whoever
-iterates solves those linears and puts the new weights in place before asking for more.
+Both are iterators over what can be solved at the same time: lists of (names of the linears that share an input,
+statistics of that input), usually of one, in order of use. Whoever iterates solves those linears and puts the new
+weights in place before asking for more.
 
 `sequential` pauses every batch at each shared input until its linears are solved, and goes on with the new weights:
 one forward for everything, later linears see the errors of earlier ones, and the stream ends past the block. What
@@ -25,7 +26,7 @@ from llmpare.compress.model.replay import Replay
 from llmpare.compress.stages import staged
 from llmpare.compress.streams import Stream
 
-Groups = Iterator[tuple[list[str], Statistics]]
+Groups = Iterator[list[tuple[list[str], Statistics]]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def sequential(replay: Replay, index: int, inputs: Inputs, stream: Stream, *, to
             gram.add(first.input)
             for traveller in waiting:
                 gram.add(traveller.input)
-            yield list(names), gram.statistics()
+            yield [(list(names), gram.statistics())]
             if stage == len(groups) - 2:  # before the last, usually the widest input
                 memory.trim()
 
@@ -125,7 +126,7 @@ def parallel(
         if group in routed:
             yield from routed.pop(group).statistics(readers[names[0]], everything=inputs.everything)
         else:
-            yield names, grams.pop(group).statistics()
+            yield [(names, grams.pop(group).statistics())]
 
 
 def _groups(replay: Replay, index: int, inputs: Inputs, stream: Stream) -> list[list[str]]:

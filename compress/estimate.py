@@ -28,7 +28,7 @@ _GRAMS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}  # numbers in the statistics 
 
 # Measured, and rounded up. What a solver holds at its peak, in float32: copies of the weights, of their Gram matrix,
 # and of those rows of the weights that it takes at once.
-_COPIES = {"rtn:solve": (3, 0, 0), "gptq:solve": (2, 1, 13)}
+_COPIES = {"rtn:solve_alike": (3, 0, 0), "gptq:solve_alike": (2, 1, 13)}
 _ROWS_OF = 1 << 23  # weights that are taken at once on the CPU, by the solver and to measure errors
 _TUNED_WEIGHT = 48  # bytes: the weight, its place, offset, gradients and the two moments of Adam
 _TUNED_OUTPUTS = 7  # what automatic differentiation keeps, in units of what the linears put out

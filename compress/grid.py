@@ -8,6 +8,7 @@ so scale and zero are [rows, groups]. Codes are integers 0 … 2^bits − 1 held
 them. A weight is (code − zero) · scale.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -34,16 +35,21 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Columns:
-    """The grid of single columns, for loops that round one column of all rows at a time.
+    """The grid of some columns, for loops that round one column of all rows at a time.
 
-    For column number i in the loop's order: scale[i], inverse[i] = 1/scale, and the bounds low[i], high[i] of code
-    minus zero point, each [rows]. Columns of one group share their tensors.
+    scale, inverse = 1/scale, and the bounds low and high of code minus zero point: [matrices, columns, rows], or bounds
+    of size 1 where all are alike.
     """
 
-    scale: list[Tensor]
-    inverse: list[Tensor]
-    low: list[Tensor]
-    high: list[Tensor]
+    scale: Tensor
+    inverse: Tensor
+    low: Tensor
+    high: Tensor
+
+    def each(self) -> Iterator[tuple[Tensor, ...]]:
+        """scale, inverse, low and high of one column after the other, [matrices, rows] or [matrices, 1]."""
+        count = self.scale.shape[1]
+        return zip(*(part.expand(-1, count, -1).unbind(1) for part in vars(self).values()), strict=True)
 
 
 @dataclass
@@ -108,15 +114,25 @@ class IntGrid:
         """Weights of the codes."""
         return (codes - zero).mul_(scale)
 
-    def columns(self, order: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Columns:
-        """What a loop over the columns in `order` needs; scale, zero [rows, groups]. One synchronisation."""
-        groups = (order // group_size).tolist()
+    def of_rows(self, part: slice) -> "IntGrid":
+        """The grid of some rows of the weights it is for."""
+        return self
 
-        def spread(values: Tensor) -> list[Tensor]:
-            rows = values.t().contiguous().unbind(0)
-            return [rows[group] for group in groups]
+    def columns(self, order: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Callable[[slice], Columns]:
+        """What a loop over the columns in `order` [matrices, columns] needs, some columns of that order at a time.
 
-        return Columns(spread(scale), spread(1 / scale), spread(-zero), spread(self.top - zero))
+        scale, zero [matrices, rows, groups].
+        """
+        groups, matrix = order // group_size, torch.arange(len(order), device=order.device).unsqueeze(1)
+        scale, zero = scale.mT.contiguous(), zero.mT.contiguous()
+
+        def some(part: slice) -> Columns:
+            group = groups[:, part]
+            here = scale[matrix, group]
+            offset = zero[:, :1, :1] if self.symmetric else zero[matrix, group]
+            return Columns(here, 1 / here, -offset, self.top - offset)
+
+        return some
 
     def solved(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Solved:
         """Nearest codes of a whole weight [rows, columns] under scales and zero points [rows, groups]."""
@@ -134,20 +150,16 @@ class IntGrid:
     def search(self, weight: Tensor, importance: Tensor | None, group_size: int) -> tuple[Tensor, Tensor]:
         """Scales and zero points of every group, minimising Σ importance_j · (w_j − q_j)².
 
-        weight [rows, columns]; importance [columns], at least 0, None for all ones; columns divisible by group_size.
-        Tries shrunken versions of the range that just covers the group: clipping the few largest weights buys
-        resolution for all others. Returns scale and zero, both [rows, columns / group_size].
+        weight [..., rows, columns]; importance [..., columns], at least 0, None for all ones; columns divisible by
+        group_size. Tries shrunken versions of the range that just covers the group: clipping the few largest weights
+        buys resolution for all others. Returns scale and zero, both [..., rows, columns / group_size].
         """
-        rows, columns = weight.shape
-        grouped = weight.reshape(rows, columns // group_size, group_size)
-        root = None if importance is None else importance.reshape(-1, group_size).sqrt()
-        scale = weight.new_empty(rows, columns // group_size)
-        zero = torch.full_like(scale, self.middle)
-        step = max(1, _AT_ONCE.get(weight.device.type, _AT_ONCE["cpu"]) // columns)
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
-            find = self._search_symmetric if self.symmetric else self._search_asymmetric
-            scale[part], zero[part] = find(grouped[part], root)
+        grouped = weight.unflatten(-1, (-1, group_size))
+        root = None if importance is None else importance.unflatten(-1, (-1, group_size)).sqrt().unsqueeze(-3)
+        step = max(1, _AT_ONCE.get(weight.device.type, _AT_ONCE["cpu"]) * weight.shape[-2] // weight.numel())
+        find = self._search_symmetric if self.symmetric else self._search_asymmetric
+        found = [find(part, root) for part in grouped.split(step, dim=-3)]
+        scale, zero = (torch.cat(parts, dim=-2) for parts in zip(*found, strict=True))
         return scale, zero
 
     def _search_symmetric(self, weight: Tensor, root: Tensor | None) -> tuple[Tensor, Tensor]:

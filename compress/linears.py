@@ -15,7 +15,7 @@ from llmpare.compress.quantize.refine import loss
 from llmpare.compress.storage import StoredPlan
 from llmpare.compress.streams import Stream
 
-Groups = Iterator[tuple[list[Linear], Statistics | None]]
+Groups = Iterator[list[tuple[list[Linear], Statistics | None]]]
 
 
 class Linears:
@@ -40,23 +40,25 @@ class Linears:
     ) -> Groups:
         """Linears of block `index` by shared input, in order of use, with the statistics of that input.
 
-        Whoever iterates puts new weights in place before asking for more. Without calibration every linear comes by
+        What comes as one list can be solved at the same time: linears of experts. Whoever iterates puts new weights in
+        place before asking for more. Without calibration every linear comes by
         itself, with nothing known of its input. dense: the original model's stream, which is advanced past the block.
         """
         by_name = {linear.name: linear for linear in linears}
         found = self._found(index, by_name, calibration, dense, with_drift)
         while True:
             with self._clock.phase("calibrate"):
-                names, statistics = next(found, (None, None))
-            if names is None:
+                learned = next(found, None)
+            if learned is None:
                 return
-            yield [by_name[name] for name in names], statistics
+            yield [([by_name[name] for name in names], statistics) for names, statistics in learned]
+            del learned
 
     def _found(
         self, index: int, linears: Mapping[str, Linear], calibration: Stream | None, dense: Stream | None, drift: bool
-    ) -> Iterator[tuple[list[str], Statistics | None]]:
+    ) -> Iterator[Sequence[tuple[list[str], Statistics | None]]]:
         if calibration is None or not linears:
-            return iter([([name], None) for name in linears])
+            return iter([[([name], None)] for name in linears])
         skeleton = self._model.skeleton
         modules = {name: skeleton.module(name) for name, linear in linears.items() if linear.expert is None}
         inputs = collect.Inputs(modules, skeleton.mixtures(list(linears.values())), self._plan.request.route_all)

@@ -7,10 +7,12 @@ experts of its mixture together, as if as many more tokens of theirs had come as
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 
+from llmpare.compress.estimate import experts_at_once
 from llmpare.compress.gram import Gram
 from llmpare.compress.grid import Statistics
 from llmpare.compress.model.experts import Routed
@@ -18,24 +20,28 @@ from llmpare.compress.model.layout import Linear
 
 EXPERTS = "experts"  # the name of their facts in a block's record, and of their section in the report
 Readers = Mapping[int, list[str]]
-Learned = Iterator[tuple[list[str], Statistics]]
+Learned = Iterator[list[tuple[list[str], Statistics]]]
 
 
 def learn(flows: Sequence[Routed], readers: Readers, *, everything: bool) -> Learned:
-    """Names of the linears and statistics, expert by expert. flows: one per batch; readers: the linears by expert.
+    """Names of the linears and statistics of some experts at a time. flows: one per batch; readers: linears by expert.
 
-    One expert's matrix is in memory at a time, besides that of all together if it is needed.
+    Only their matrices are in memory, besides that of all experts together if it is needed.
     """
     counts = [sum(each) for each in zip(*(flow.counts for flow in flows), strict=True)]
     sample = flows[0].of(0)
     columns, device = sample.shape[-1], sample.device
     short = not everything and any(counts[expert] < columns for expert in readers)
     pool = _pooled(flows, columns, device) if short else None
-    for expert, names in readers.items():
-        gram = Gram(columns, device)
-        for flow in flows:
-            gram.add(flow.of(expert))
-        yield names, _of_expert(gram, pool, counts[expert])
+    for some in _some(readers, columns, device):
+        learned = []
+        for expert, names in some:
+            gram = Gram(columns, device)
+            for flow in flows:
+                gram.add(flow.of(expert))
+            learned.append((names, _of_expert(gram, pool, counts[expert])))
+        yield learned
+        del learned, gram
 
 
 class Grams:
@@ -62,8 +68,15 @@ class Grams:
             for gram in self._grams.values():
                 pool.gram += gram.gram
                 pool.tokens += gram.tokens
-        for expert, names in readers.items():
-            yield names, _of_expert(self._grams.pop(expert), pool, self._counts[expert])
+        for some in _some(readers, len(first), first.device):
+            yield [(names, _of_expert(self._grams.pop(each), pool, self._counts[each])) for each, names in some]
+
+
+def _some(readers: Readers, columns: int, device: torch.device) -> Iterator[list[tuple[int, list[str]]]]:
+    """Experts that are learned about, and then solved, at once."""
+    rest = iter(readers.items())
+    while some := list(islice(rest, experts_at_once(columns, device.type))):
+        yield some
 
 
 def _pooled(flows: Sequence[Routed], columns: int, device: torch.device) -> Gram:

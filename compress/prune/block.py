@@ -64,12 +64,13 @@ class MaskBlocks:
         wanted = [linear for linear in self._plan.compressed if linear.block == index]
         made: dict[Linear, _Made] = {}
         tally = Tally()
-        for group, statistics in self._linears.groups(index, wanted, calibration):
+        for groups in self._linears.groups(index, wanted, calibration):
             with self._clock.phase("solve"):
-                made.update(self._solve(group, source, statistics))
-                for linear in group:
-                    self._linears.put(linear, made[linear].weight)
-                tally.note(group, statistics)
+                for group, statistics in groups:
+                    made.update(self._solve(group, source, statistics))
+                    for linear in group:
+                        self._linears.put(linear, made[linear].weight)
+                    tally.note(group, statistics)
         self._linears.advance(index, calibration)
         tensors = {name: tensor for each in made.values() for name, tensor in each.tensors.items()}
         facts = {

@@ -8,7 +8,8 @@ solves the joint problem: with Ŵ the least-squares optimum for the mask and Q a
 since the gradient at Ŵ vanishes wherever Q − Ŵ does not.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ from llmpare.compress.grid import Columns, IntGrid
 
 @dataclass(frozen=True)
 class MaskedGrid(IntGrid):
-    """keep [rows, columns]: where a weight may be other than zero. Zero is on the grid: it is its own zero point."""
+    """keep [rows, columns]: where a weight may be other than zero. Zero is on the grid: it is its own zero point.
+
+    For one matrix at a time.
+    """
 
     keep: Tensor = torch.empty(0, dtype=torch.bool)
 
@@ -27,10 +31,17 @@ class MaskedGrid(IntGrid):
         """The grid, for these weights."""
         return cls(**{field.name: vars(grid)[field.name] for field in fields(IntGrid)}, keep=keep)
 
-    def columns(self, order: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Columns:
+    def of_rows(self, part: slice) -> "MaskedGrid":
+        """See IntGrid."""
+        return replace(self, keep=self.keep[part])
+
+    def columns(self, order: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Callable[[slice], Columns]:
         """See IntGrid; the bounds of weights that have left are both zero."""
         whole = super().columns(order, scale, zero, group_size)
         keep = self.keep.t()[order]
-        low = [bound * kept for bound, kept in zip(whole.low, keep, strict=True)]
-        high = [bound * kept for bound, kept in zip(whole.high, keep, strict=True)]
-        return Columns(whole.scale, whole.inverse, low, high)
+
+        def some(part: slice) -> Columns:
+            here, kept = whole(part), keep[:, part]
+            return replace(here, low=here.low * kept, high=here.high * kept)
+
+        return some

@@ -6,6 +6,7 @@ others as they were, to the end. The first gives the shape of a curve, the secon
 """
 
 from contextlib import closing
+from itertools import chain
 from typing import Any
 
 import torch
@@ -50,9 +51,8 @@ def look(plan: MaskPlan, walk: Walk, model: Model, calibration: Stream | None, c
             modules = {name: model.skeleton.module(name) for name in wanted}
             with clock.phase("survey"):
                 # the stream is its own original: nothing is pruned yet, and so it is past the block when this is done
-                groups = list(
-                    collect.parallel(model.replay, index, collect.Inputs(modules), text, text, with_drift=False)
-                )
+                inputs = collect.Inputs(modules)
+                groups = list(chain(*collect.parallel(model.replay, index, inputs, text, text, with_drift=False)))
                 others = [model.replay.run(index, hidden) for hidden in others]
                 for names, statistics in groups:
                     group = [wanted[name] for name in names]

@@ -1,7 +1,8 @@
 """Quantization methods, one file each. This page is their registry and imports no torch.
 
-A method is a function (weight, statistics, grid, group_size, *, options) → Solved and one line below. Its options
-are its keyword-only parameters, repeated here with their defaults so that they can be checked before any work.
+A method is a function (weights, statistics, grid, group_size, *, options) → list of Solved, for matrices of one shape,
+and one line below. Its options are its keyword-only parameters, repeated here with their defaults so that they can be
+checked before any work.
 """
 
 from collections.abc import Mapping
@@ -29,10 +30,14 @@ class Method:
 
 _GPTQ = {"damping": 0.01, "rounds": 1, "sweeps": 2, "correction": 0.0}
 METHODS: dict[str, Method] = {
-    "rtn": Method("rtn:solve", needs_text=False, summary="round to nearest, scales searched by input energy"),
-    "gptq": Method("gptq:solve", _GPTQ, summary="error propagation, then refinement in Gram space"),
+    "rtn": Method("rtn:solve_alike", needs_text=False, summary="round to nearest, scales searched by input energy"),
+    "gptq": Method("gptq:solve_alike", _GPTQ, summary="error propagation, then refinement in Gram space"),
     "tuned": Method(
-        "gptq:solve", _GPTQ, "tuned:tune", {"steps": 60, "step_size": 0.001}, summary="gptq, then block-wise tuning"
+        "gptq:solve_alike",
+        _GPTQ,
+        "tuned:tune",
+        {"steps": 60, "step_size": 0.001},
+        summary="gptq, then block-wise tuning",
     ),
 }
 

@@ -1,5 +1,6 @@
 """Quantizes one block: statistics of its inputs → a method's codes → the tensors of a format."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -19,6 +20,8 @@ from llmpare.compress.quantize.tuned import Start
 from llmpare.compress.request import PER_CHANNEL, Scheme
 from llmpare.compress.routing import Tally
 from llmpare.compress.streams import Stream
+
+_Stack = tuple[list[Linear], Statistics | None]
 
 TUNING_WINDOWS = 8  # per step: more do not pay for their time
 
@@ -59,20 +62,22 @@ class QuantizeBlocks:
         tensors: dict[str, Tensor] = {}
         wanted = list(linears.values())
         tally = Tally()
-        for group, statistics in self._linears.groups(index, wanted, calibration, dense, with_drift=self._wants_drift):
+        for groups in self._linears.groups(index, wanted, calibration, dense, with_drift=self._wants_drift):
+            together = [linear for group, _ in groups for linear in group]
             with self._clock.phase("solve"):
-                for stack in self._stacks(group):
-                    weights = [self._linears.weight(linear, source) for linear in stack]
-                    self._solve(stack, weights, statistics, solved, errors)
-                for linear in group:
+                for stacks in self._alike(groups):
+                    self._solve(stacks, source, solved, errors)
+                for linear in together:
                     self._linears.put(linear, self._plan.format.weight(linear, solved[linear.name]))
                     notes[linear.name] = solved[linear.name].notes
-                tally.note(group, statistics)
+                for group, statistics in groups:
+                    tally.note(group, statistics)
             if self._tuner is None:  # nobody looks at these weights again: their memory is needed for the next ones
                 with self._clock.phase("pack"):
-                    for linear in group:
+                    for linear in together:
                         tensors.update(self._encode(linear, solved.pop(linear.name)))
                         source.pop(linear.weight, None)  # not there if experts share a tensor
+            del groups, group, statistics
         gains: dict[str, Tensor] = {}
         if self._tuner is not None and calibration is not None and dense is not None:
             with self._clock.phase("tune"):
@@ -94,31 +99,39 @@ class QuantizeBlocks:
         """See engine.Treatment."""
         calibration.advance(self._model.replay, index)
 
-    def _stacks(self, linears: Sequence[Linear]) -> list[list[Linear]]:
-        """Linears of one shared input by scheme: each stack is solved as one matrix."""
-        stacks: dict[Scheme | None, list[Linear]] = {}
-        for linear in linears:
-            stacks.setdefault(self._plan.schemes[linear], []).append(linear)
-        return list(stacks.values())
+    def _alike(self, groups: Sequence[tuple[Sequence[Linear], Statistics | None]]) -> list[list[_Stack]]:
+        """Stacks of linears that share input and scheme, each solved as one matrix; those of one shape together."""
+        alike: dict[tuple[Scheme, int, int], list[_Stack]] = defaultdict(list)
+        for linears, statistics in groups:
+            stacks: dict[Scheme, list[Linear]] = defaultdict(list)
+            for linear in linears:
+                stacks[self._plan.quantized[linear]].append(linear)
+            for scheme, stack in stacks.items():
+                shape = sum(linear.rows for linear in stack), stack[0].columns
+                alike[scheme, *shape].append((stack, statistics))
+        return list(alike.values())
 
     def _solve(
         self,
-        stack: Sequence[Linear],
-        weights: Sequence[Tensor],
-        statistics: Statistics | None,
+        stacks: Sequence[_Stack],
+        source: Mapping[str, Tensor],
         solved: dict[str, Solved],
         errors: dict[str, float],
     ) -> None:
-        scheme, grid = self._plan.quantized[stack[0]], self._grid(stack[0])
-        size = stack[0].columns if scheme.group_size == PER_CHANNEL else scheme.group_size
-        whole = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
-        result = self._solver(whole, statistics, grid, size, **self._solver_options)
-        start = 0
-        for linear, weight in zip(stack, weights, strict=True):
-            part = result.rows(start, start + linear.rows)
-            solved[linear.name] = part
-            errors[linear.name] = relative_error(weight, part.weight(), statistics)
-            start += linear.rows
+        first = stacks[0][0][0]
+        scheme, grid = self._plan.quantized[first], self._grid(first)
+        size = first.columns if scheme.group_size == PER_CHANNEL else scheme.group_size
+        weights = [[self._linears.weight(linear, source) for linear in stack] for stack, _ in stacks]
+        wholes = [torch.cat(each) if len(each) > 1 else each[0] for each in weights]
+        known = [statistics for _, statistics in stacks]
+        results = self._solver(wholes, known, grid, size, **self._solver_options)
+        for (stack, statistics), originals, result in zip(stacks, weights, results, strict=True):
+            start = 0
+            for linear, weight in zip(stack, originals, strict=True):
+                part = result.rows(start, start + linear.rows)
+                solved[linear.name] = part
+                errors[linear.name] = relative_error(weight, part.weight(), statistics)
+                start += linear.rows
 
     def _tune(
         self,

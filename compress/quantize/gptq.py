@@ -4,6 +4,9 @@ Frantar et al., 2022 (arXiv:2210.17323), with static act-order: scales belong to
 only the order of the loop follows the importance of the inputs, so the stored layout stays trivial.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -29,57 +32,111 @@ def solve(
     error of earlier blocks to make up for (needs statistics.drift).
     Falls back to weighted rounding, with a note, when H cannot be factorised.
     """
+    return solve_alike(
+        [weight], [statistics], grid, group_size, damping=damping, rounds=rounds, sweeps=sweeps, correction=correction
+    )[0]
+
+
+def solve_alike(
+    weights: Sequence[Tensor],
+    statistics: Sequence[Statistics],
+    grid: IntGrid,
+    group_size: int,
+    *,
+    damping: float,
+    rounds: float,
+    sweeps: float,
+    correction: float,
+) -> list[Solved]:
+    """`solve` for matrices of one shape, such as experts, each with its own inputs, in one loop over their columns."""
+    matrices = [_prepare(weight, known, damping, correction) for weight, known in zip(weights, statistics, strict=True)]
+    sound = [matrix.factor is not None for matrix in matrices]
+    together = [matrix for matrix, good in zip(matrices, sound, strict=True) if good]
+    solved = iter(_solve(together, grid, group_size, int(rounds), int(sweeps)) if together else ())
+    found = []
+    for matrix, known, good in zip(matrices, statistics, sound, strict=True):
+        each = next(solved) if good else rtn.solve(matrix.weight, known, grid, group_size)
+        if not good:
+            cause = f"Gram matrix not positive definite, damping tried up to {matrix.damping:g}"
+            each.notes.append({"cause": cause, "action": "weighted round-to-nearest"})
+        elif matrix.damping != damping:
+            cause = f"Gram matrix not positive definite at damping {damping:g}"
+            each.notes.append({"cause": cause, "action": f"damping raised to {matrix.damping:g}"})
+        found.append(each)
+    return found
+
+
+@dataclass
+class _Matrix:
+    """One matrix before the loop. order: its columns by importance. damping: used for the factor.
+
+    factor: R of the damped H in that order, None if it has none. It is as large as H: whoever uses it takes it away.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    order: Tensor
+    factor: Tensor | None
+    damping: float
+
+
+def _prepare(weight: Tensor, statistics: Statistics, damping: float, correction: float) -> _Matrix:
     gram = statistics.gram
     order = gram.diagonal().argsort(descending=True, stable=True)
     factor, used = linalg.factorise(gram, damping, order)
-    if factor is None:
-        solved = rtn.solve(weight, statistics, grid, group_size)
-        cause = f"Gram matrix not positive definite, damping tried up to {used:g}"
-        solved.notes.append({"cause": cause, "action": "weighted round-to-nearest"})
-        return solved
-    if correction and statistics.drift is not None:
+    if factor is not None and correction and statistics.drift is not None:
         weight = linalg.correct(weight, factor[:, order.argsort()], statistics.drift, correction)
-    dead = linalg.dead_columns(gram)
-    rows, columns = weight.shape
-    solved = Solved.empty(rows, columns, group_size, weight.device)
+    return _Matrix(weight, gram, order, factor, used)
+
+
+def _solve(matrices: Sequence[_Matrix], grid: IntGrid, group_size: int, rounds: int, sweeps: int) -> list[Solved]:
+    weight = _stacked([matrix.weight for matrix in matrices])
+    gram = _stacked([matrix.gram for matrix in matrices])
+    order = _stacked([matrix.order for matrix in matrices])
+    factor = _stacked([matrix.factor for matrix in matrices if matrix.factor is not None])
+    for matrix in matrices:
+        matrix.factor = None
+    energy = gram.diagonal(dim1=1, dim2=2)  # [matrices, columns]
+    dead = linalg.dead_columns(gram).unsqueeze(1)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scale = weight.new_empty(*weight.shape[:2], weight.shape[2] // group_size)
+    zero = torch.empty_like(scale)
     step = rows_at_once(weight)
-    parts = [slice(start, start + step) for start in range(0, rows, step)]
+    parts = [slice(start, start + step) for start in range(0, weight.shape[1], step)]
     for part in parts:
-        alive = weight[part].masked_fill(dead, 0.0)
-        scale, zero = grid.search(alive, gram.diagonal(), group_size)
-        codes = propagate(alive, factor, order, scale, zero, grid, group_size)
-        solved.codes[part], solved.scale[part], solved.zero[part] = codes.to(torch.uint8), scale, zero
+        alive, own = weight[:, part].masked_fill(dead, 0.0), grid.of_rows(part)
+        scale[:, part], zero[:, part] = own.search(alive, energy, group_size)
+        codes[:, part] = propagate(alive, factor, order, scale[:, part], zero[:, part], own, group_size)
     del factor
-    diagonal = linalg.damp_(gram, used)
+    before = [linalg.damp_(each, matrix.damping) for each, matrix in zip(gram, matrices, strict=True)]
     try:
         for part in parts if rounds else ():
-            alive = weight[part].masked_fill(dead, 0.0)
-            codes, scale, zero = solved.codes[part].float(), solved.scale[part], solved.zero[part]
-            for _ in range(int(rounds)):
-                scale = refine.refit_scales(alive, gram, codes, scale, zero, grid)
-                codes = refine.coordinate_descent(
-                    alive, gram, order, codes, scale, zero, grid, group_size, sweeps=int(sweeps)
+            alive, own = weight[:, part].masked_fill(dead, 0.0), grid.of_rows(part)
+            present = codes[:, part].float()
+            for _ in range(rounds):
+                scale[:, part] = refine.refit_scales(alive, gram, present, scale[:, part], zero[:, part], own)
+                present = refine.coordinate_descent(
+                    alive, gram, order, present, scale[:, part], zero[:, part], own, group_size, sweeps
                 )
-            solved.codes[part], solved.scale[part] = codes.to(torch.uint8), scale
+            codes[:, part] = present
     finally:
-        gram.diagonal().copy_(diagonal)
-    if used != damping:
-        solved.notes.append(
-            {
-                "cause": f"Gram matrix not positive definite at damping {damping:g}",
-                "action": f"damping raised to {used:g}",
-            }
-        )
-    return solved
+        for each, diagonal in zip(gram, before, strict=True):
+            each.diagonal().copy_(diagonal)
+    return [Solved(*each) for each in zip(codes, scale, zero, strict=True)]
 
 
-_WEIGHTS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}  # solved together: a dozen float32 copies of them are alive
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """[matrices, …]; of a single one the same memory, since that may be large."""
+    return torch.stack(list(parts)) if len(parts) > 1 else parts[0].unsqueeze(0)
+
+
+_WEIGHTS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}  # a dozen float32 copies of them are alive
 
 
 def rows_at_once(weight: Tensor) -> int:
-    """How many rows of a weight are solved together: rows do not see each other, and take memory each."""
+    """How many rows of weights [..., rows, columns] are solved together: rows see nothing of each other."""
     most = _WEIGHTS_AT_ONCE.get(weight.device.type, _WEIGHTS_AT_ONCE["cpu"])
-    return max(1, most // weight.shape[1])
+    return max(1, most * weight.shape[-2] // weight.numel())
 
 
 _BLOCK = 32  # columns whose error is propagated one by one; everything to their right waits for one matrix product
@@ -88,29 +145,29 @@ _BLOCK = 32  # columns whose error is propagated one by one; everything to their
 def propagate(
     weight: Tensor, factor: Tensor, order: Tensor, scale: Tensor, zero: Tensor, grid: IntGrid, group_size: int
 ) -> Tensor:
-    """Codes [rows, columns] that minimise tr((Q − W)·H·(Q − W)ᵀ) greedily, column by column.
+    """Codes [matrices, rows, columns] that minimise tr((Q − W)·H·(Q − W)ᵀ) greedily, column by column.
 
-    weight [rows, columns], dead columns already zero. order [columns]: the sequence in which columns are rounded.
-    factor: R with (H⁻¹)[order][:, order] = Rᵀ·R, upper triangular. scale, zero [rows, groups], for original columns.
+    weight [matrices, rows, columns], dead columns already zero. order [matrices, columns]: the sequence in which
+    columns are rounded. factor: R with (H⁻¹)[order][:, order] = Rᵀ·R, upper triangular, [matrices, columns, columns].
+    scale, zero [matrices, rows, groups], for original columns.
 
-    With W permuted by `order`, for each column i: q_i = quantize(w_i), e = (w_i − q_i)/R_ii, and every later column
-    j gets w_j −= e·R_ij. The columns outside the block get the sum of its corrections at once.
+    With W permuted by `order`, for each column i: q_i = quantize(w_i), e = w_i − q_i, and every later column j gets
+    w_j −= e·R_ij/R_ii. The columns outside the block get the sum of its corrections at once.
     """
     grids = grid.columns(order, scale, zero, group_size)
-    pending = weight.t()[order]  # [columns, rows]: one contiguous row per step
+    pending = linalg.columns_first(weight, order)
     centred = torch.empty_like(pending)  # codes minus zero points
-    errors, value = torch.empty_like(pending[:_BLOCK]), torch.empty_like(pending[0])
-    shrink = (1 / factor.diagonal()).tolist()
-    columns = len(order)
-    for start in range(0, columns, _BLOCK):
-        end = min(start + _BLOCK, columns)
-        local = factor[start:end, start:end].t().contiguous()
-        for i, (column, code, error) in enumerate(zip(pending[start:end], centred[start:end], errors, strict=False)):
-            at = start + i
-            torch.addmv(column, errors[:i].t(), local[i, :i], alpha=-1, out=value)  # what this block has left to absorb
-            torch.mul(value, grids.inverse[at], out=code).round_().clamp_(grids.low[at], grids.high[at])
-            torch.addcmul(value, code, grids.scale[at], value=-1, out=error).mul_(shrink[at])
-        pending[end:].addmm_(factor[start:end, end:].t(), errors[: end - start], alpha=-1)
-    codes = torch.empty_like(weight)
-    codes[:, order] = centred.t()
-    return codes + zero.repeat_interleave(group_size, dim=1)
+    inverse = 1 / factor.diagonal(dim1=1, dim2=2).unsqueeze(2)  # [matrices, columns, 1]
+    columns, codes = pending.split(1, 1), centred.unbind(1)
+    errors = linalg.Backlog(pending, _BLOCK)
+    for start in range(0, len(codes), _BLOCK):
+        part = slice(start, min(start + _BLOCK, len(codes)))
+        errors.begin((factor[:, part, part] * inverse[:, part]).mT)
+        steps = zip(columns[part], codes[part], errors.each, grids(part).each(), strict=False)
+        for i, (column, code, error, (size, shrink, low, high)) in enumerate(steps):
+            value = errors.settle(i, column)
+            torch.mul(value, shrink, out=code).round_().clamp_(low, high)
+            torch.addcmul(value, code, size, value=-1, out=error)
+        done = errors.all[:, : part.stop - start].mul_(inverse[:, part])
+        pending[:, part.stop :].baddbmm_(factor[:, part, part.stop :].mT, done, alpha=-1)
+    return linalg.rows_first(centred, order).add_(zero.repeat_interleave(group_size, dim=2))

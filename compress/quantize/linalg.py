@@ -11,8 +11,8 @@ _PANEL = 256  # rows or columns worked on at once: enough to keep a processor bu
 
 
 def dead_columns(gram: Tensor) -> Tensor:
-    """Mask [columns] of inputs that were zero for every token: their weights change nothing."""
-    return gram.diagonal() == 0
+    """Mask [..., columns] of inputs that were zero for every token: their weights change nothing."""
+    return gram.diagonal(dim1=-2, dim2=-1) == 0
 
 
 def damp(gram: Tensor, damping: float) -> Tensor:
@@ -37,10 +37,25 @@ def _damped_diagonal(gram: Tensor, damping: float) -> Tensor:
 
 
 def permuted(matrix: Tensor, order: Tensor) -> Tensor:
-    """matrix[order][:, order], with nothing of its size besides the result."""
+    """matrix[order][:, order], with nothing of its size besides the result; both may be [matrices, …]."""
     found = torch.empty_like(matrix, memory_format=torch.contiguous_format)
-    for start in range(0, len(order), _PANEL):
-        found[start : start + _PANEL] = matrix[order[start : start + _PANEL]][:, order]
+    several = (found, matrix, order) if matrix.dim() == 3 else ([found], [matrix], [order])
+    for out, each, own in zip(*several, strict=True):
+        for start in range(0, len(own), _PANEL):
+            out[start : start + _PANEL] = each[own[start : start + _PANEL]][:, own]
+    return found
+
+
+def columns_first(weight: Tensor, order: Tensor) -> Tensor:
+    """weight [matrices, rows, columns] as [matrices, columns, rows], its columns in this order [matrices, columns]."""
+    return torch.stack([each.t()[own] for each, own in zip(weight, order, strict=True)])
+
+
+def rows_first(columns: Tensor, order: Tensor) -> Tensor:
+    """The way back from columns_first."""
+    found = columns.new_empty(columns.mT.shape)
+    for out, each, own in zip(found, columns, order, strict=True):
+        out[:, own] = each.t()
     return found
 
 
@@ -121,3 +136,33 @@ def correct(weight: Tensor, root: Tensor, drift: Tensor, strength: float) -> Ten
     weight [rows, columns]; drift D = (X − X̃)ᵀX̃ / tokens; root: any R with (H + λI)⁻¹ = Rᵀ·R.
     """
     return weight + strength * (weight @ drift @ root.t() @ root)
+
+
+class Backlog:
+    """What the columns of a block owe to those before them, for loops that deal with one column of all rows at a time.
+
+    Column i is first reduced by Σ_{j<i} share_ij · line_j, j being the earlier columns of the block: one product for
+    each, instead of one for every pair. all [matrices, size, rows]: the lines, which the loop fills one by one; each:
+    the same, one [matrices, rows] per column.
+    """
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        """For blocks of at most `size` columns of [matrices, columns, rows]."""
+        matrices, _, rows = like.shape
+        self.all = like.new_empty(matrices, size, rows)
+        self.each = self.all.unbind(1)
+        self._shares = like.new_empty(matrices, size, size)
+        self._earlier = [(self._shares[:, i : i + 1, :i], self.all[:, :i]) for i in range(size)]
+        self._value = like.new_empty(matrices, 1, rows)
+        self._settled = self._value.squeeze(1)
+
+    def begin(self, shares: Tensor) -> None:
+        """A block whose shares are the lower triangle of [matrices, columns, columns]."""
+        count = shares.shape[1]
+        self._shares[:, :count, :count] = shares
+
+    def settle(self, i: int, column: Tensor) -> Tensor:
+        """Column i, [matrices, 1, rows], less what it owes: [matrices, rows], to be used before the next one."""
+        shares, lines = self._earlier[i]
+        torch.baddbmm(column, shares, lines, alpha=-1, out=self._value)
+        return self._settled

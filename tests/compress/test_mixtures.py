@@ -15,7 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from llmpare.compress import quantize
 from llmpare.compress.errors import InputError, UsageError
-from llmpare.compress.estimate import process
+from llmpare.compress.estimate import experts_at_once, process
 from llmpare.compress.plan import plan_quantize
 from llmpare.compress.progress import Silent
 from llmpare.compress.report import markdown, schema
@@ -203,16 +203,18 @@ def test_a_model_that_is_mostly_no_linears_is_refused(tmp_path: Path) -> None:
         plan_quantize(asked(model, "dense"))
 
 
-def test_memory_is_planned_for_one_block_and_one_expert(tmp_path: Path) -> None:
-    """More experts take more room for their weights, not for their matrices, nor for what passes through them."""
+def test_memory_is_planned_for_one_block_and_some_experts_at_once(tmp_path: Path) -> None:
+    """More experts take more room for their weights, and for as many matrices as are solved together, but no more."""
     needs = []
     for count in (4, 64):
         model = write(tmp_path / f"{count}", "qwen3_moe", settings={"num_experts": count})
         needs.append(plan_quantize(asked(model, "dense")).needs)
     few, many = needs
-    assert (many.statistics, many.solving) == (few.statistics, few.solving)
+    assert many.statistics == 4 * 128**2 * (64 + 1)
+    assert [experts_at_once(columns, "cpu") for columns in (128, 768, 2048, 14336)] == [256, 7, 1, 1]
     assert many.waiting_per_token == few.waiting_per_token
     assert many.forward_per_token == few.forward_per_token
     block = 64 * 3 * 128 * 128 * 2
-    assert many.memory - few.memory < 6 * block
-    assert many.memory < process() + 2**27
+    assert many.block - few.block < 12 * block
+    assert many.solving <= 4 * (2 + 13) * block  # copies of weights, as of any other linears
+    assert many.memory < process() + 2**28

@@ -57,3 +57,15 @@ def test_without_a_mask_it_is_the_plain_grid(problem: tuple[Tensor, ...]) -> Non
     plain = gptq.solve(weight, Statistics(gram), grid, GROUP, **options)
     assert torch.equal(masked.codes, plain.codes)
     assert torch.equal(masked.scale, plain.scale)
+
+
+def test_rows_that_are_solved_in_parts_keep_their_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = torch.randn(10, 64), torch.eye(64) + 0.1
+    keep = torch.rand(10, 64) < 0.5
+    options = quantize.METHODS["gptq"].defaults
+    grid = MaskedGrid.of(IntGrid(4, True), keep)
+    whole = gptq.solve(weight * keep, Statistics(gram), grid, GROUP, **options)
+    monkeypatch.setattr(gptq, "rows_at_once", lambda weight: 3)
+    parts = gptq.solve(weight * keep, Statistics(gram), grid, GROUP, **options)
+    assert (parts.weight()[~keep] == 0).all()
+    assert (parts.codes != whole.codes).float().mean() < 0.01

@@ -133,7 +133,8 @@ def test_propagate_follows_the_order_it_is_given(order: str) -> None:
     factor = linalg.inverse_factor(h[permutation][:, permutation])
     assert factor is not None
     scale, zero = grid.search(weight, None, 20)
-    codes = gptq.propagate(weight, factor, permutation, scale, zero, grid, 20)
+    one = (each.unsqueeze(0) for each in (weight, factor, permutation, scale, zero))
+    codes = gptq.propagate(*one, grid, 20)[0]
     inverse, pending = torch.linalg.inv(h.double()), weight.double().clone()
     for j in permutation.tolist():
         s, z = scale[:, j // 20].double(), zero[:, j // 20].double()
@@ -346,3 +347,36 @@ def test_memory_layout_does_not_matter() -> None:
         found = solve(w, Statistics(g), grid, 32)
         assert (found.codes != expected.codes).float().mean() < 0.01
         assert lost(weight, found, h) == pytest.approx(lost(weight, expected, h), rel=0.02)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "correction"), [(4, 0.0), (2, 0.5)])
+def test_matrices_of_one_shape_are_solved_together_as_each_by_itself(
+    bits: int, correction: float, symmetric: bool
+) -> None:
+    """Among them one with dead columns, one that needs more damping and one that cannot be factorised at all."""
+    count, columns = 5, 96
+    grams = [gram(columns, seed) for seed in range(count)]
+    grams[1][[3, 50]], grams[1][:, [3, 50]] = 0, 0
+    grams[2] = grams[2] - 0.05 * grams[2].diagonal().mean() * torch.eye(columns)
+    grams[3][5, 5] = torch.nan
+    drift = torch.randn(count, columns, columns, generator=torch.Generator().manual_seed(0)) * 0.01
+    known = [Statistics(h, d) for h, d in zip(grams, drift, strict=True)]
+    many = [weights(24, columns, seed) for seed in range(count)]
+    options = {"damping": 0.01, "rounds": 1, "sweeps": 2, "correction": correction}
+    grid = IntGrid(bits, symmetric, torch.bfloat16)
+    kept = [h.clone() for h in grams]
+    together = gptq.solve_alike(many, known, grid, 32, **options)
+    assert all(torch.equal(h, before) or h.isnan().any() for h, before in zip(grams, kept, strict=True))
+    assert [len(each.notes) for each in together] == [0, 0, 1, 1, 0]
+    for index, each in enumerate(together):
+        alone = gptq.solve(many[index], known[index], grid, 32, **options)
+        assert each.notes == alone.notes
+        assert (each.codes != alone.codes).float().mean() < 0.01  # a close decision may differ in the last bit
+        if index != 3:
+            found, expected = (lost(many[index], solved, grams[index]) for solved in (each, alone))
+            assert found == pytest.approx(expected, rel=1e-2)
+
+
+def test_no_matrix_at_all_is_solved_to_nothing() -> None:
+    assert gptq.solve_alike([], [], IntGrid(4, True), 32, damping=0.01, rounds=1, sweeps=1, correction=0.0) == []

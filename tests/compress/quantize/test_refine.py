@@ -38,9 +38,8 @@ class Problem:
         return torch.stack([row @ self.gram.double() @ row for row in miss])
 
     def descend(self, codes: Tensor, scale: Tensor, sweeps: int = 1) -> Tensor:
-        return refine.coordinate_descent(
-            self.weight, self.gram, self.order, codes, scale, self.zero, self.grid, self.size, sweeps
-        )
+        one = (each.unsqueeze(0) for each in (self.weight, self.gram, self.order, codes, scale, self.zero))
+        return refine.coordinate_descent(*one, self.grid, self.size, sweeps)[0]
 
     def refit(self, codes: Tensor, scale: Tensor) -> Tensor:
         return refine.refit_scales(self.weight, self.gram, codes, scale, self.zero, self.grid)

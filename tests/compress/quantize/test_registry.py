@@ -26,7 +26,7 @@ def positional(solver: FunctionType) -> list[str]:
 def test_options_are_the_keyword_only_parameters_of_the_solver(name: str) -> None:
     method = METHODS[name]
     solver = function(method.solver)
-    assert positional(solver) == ["weight", "statistics", "grid", "group_size"]
+    assert positional(solver) == ["weights", "statistics", "grid", "group_size"]
     assert keywords(solver) == set(method.options)
 
 

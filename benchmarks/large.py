@@ -1,6 +1,7 @@
 """Quantizes a random checkpoint of Llama-3-8B's shape in less memory than its weights take, and says what it took.
 
     python benchmarks/large.py FOLDER [--method rtn|gptq] [--blocks 32] [--memory 4GB] [--windows 16] [--length 512]
+        [--dtype auto]
 
 16 GB of random bfloat16 weights are written to FOLDER first, unless they are there, and 5 GB of output go beside them.
 Prints one JSON object: predicted and measured peak memory, seconds per phase, bytes of weights read and written, the
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--memory", default="4GB")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--dtype", default="auto", help="float32 takes 5GB, half precision 4GB")
     args = parser.parse_args()
     args.hidden, args.ffn, args.vocabulary = 4096, 14336, 128256
     model, text = args.folder / f"model-{args.blocks}", args.folder / "windows.jsonl"
@@ -33,7 +35,8 @@ def main() -> None:
         gpu.write_model(model, args)
     gpu.write_windows(text, args)
     command = [sys.executable, "-m", "llmpare.cli", "quantize", str(model), "-o", str(args.folder / args.method)]
-    command += ["--method", args.method, "--seqlen", str(args.length), "--max-memory", args.memory, "--device", "cpu"]
+    command += ["--method", args.method, "--seqlen", str(args.length), "--max-memory", args.memory]
+    command += ["--device", "cpu", "--dtype", args.dtype]
     command += ["--dataset", str(text) if args.method == "gptq" else "none", "--nsamples", str(args.windows)]
     command += ["--eval-dataset", str(text), "--eval-nsamples", "2", "--json", "--force"]
     start = time.perf_counter()

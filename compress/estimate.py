@@ -255,7 +255,8 @@ def needs_of(
     config = decoder_config(checkpoint.config)
     hidden = find(config, "hidden_size", "n_embd", "d_model", default=min(n.columns for n in layout.linears))
     vocabulary = find(config, "vocab_size", default=0)
-    sizes = {name: _loaded(tensors[name], size) for name in tensors}
+    narrow = {n for n in layout.outside if device == "cpu" and dtype == "F32" and tensors[n].shape[:1] == (vocabulary,)}
+    sizes = {n: tensors[n].nbytes if n in narrow else _loaded(tensors[n], size) for n in tensors}
     blocks = [sum(sizes[name] for name in block) for block in layout.blocks]
     treated = [[n for n in layout.of_block(i) if work.linears is None or n in work.linears] for i in range(len(blocks))]
     stacks = [each for linears in treated if (each := _stacks(linears, device))]

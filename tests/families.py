@@ -336,11 +336,10 @@ def read(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: from_info(checkpoint.read(name), checkpoint.tensors[name]) for name in names}
 
 
-def skeleton(checkpoint: Checkpoint) -> Skeleton:
-    """The checkpoint's model in its own precision, with everything in place that is not in a block."""
+def skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Skeleton:
+    """The checkpoint's model, by default in its own precision, with everything in place that is not in a block."""
     found = layout(checkpoint)
-    dtype = DTYPES[found.linears[0].dtype]
-    made = Skeleton(checkpoint, found, dtype, torch.device("cpu"), trust=False)
+    made = Skeleton(checkpoint, found, dtype or DTYPES[found.linears[0].dtype], torch.device("cpu"), trust=False)
     made.place_outside(read(checkpoint, found.outside))
     return made
 

@@ -68,14 +68,15 @@ class Replay:
                 entered.append(hidden)
             return hidden
 
-        with self._replaced(record):
-            self._skeleton.model.base_model(input_ids=ids, use_cache=False)
+        model = self._skeleton.model
+        with self._replaced(record), _widened(model.get_input_embeddings(), self._skeleton.dtype):
+            model.base_model(input_ids=ids, use_cache=False)
         known = self._calls.setdefault(tuple(ids.shape), calls)
         self._checks -= 1
         if self._checks >= 0 and any(
             not _same(a.args, b.args) or not _same(a.kwargs, b.kwargs) for a, b in zip(known, calls, strict=True)
         ):
-            name = type(self._skeleton.model).__name__
+            name = type(model).__name__
             raise UnsupportedError(
                 f"architecture {name} is not supported: its blocks take arguments that depend on the tokens"
             )
@@ -121,10 +122,10 @@ class Replay:
             raise _Stop
 
         handle = skeleton.blocks[0].register_forward_hook(look)
+        ids = torch.zeros(1, 2, dtype=torch.long, device=skeleton.device)
         try:
-            skeleton.model.base_model(
-                input_ids=torch.zeros(1, 2, dtype=torch.long, device=skeleton.device), use_cache=False
-            )
+            with _widened(skeleton.model.get_input_embeddings(), skeleton.dtype):
+                skeleton.model.base_model(input_ids=ids, use_cache=False)
         except _Stop:
             pass
         finally:
@@ -172,6 +173,31 @@ def _embedding(module: nn.Module, like: Tensor) -> Iterator[None]:
         return
     width = weight.shape[1]
     module.forward = lambda ids: like.new_zeros(*ids.shape, width)
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def _widened(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within the context, embeddings [vocabulary, width] that are kept in less than the working precision put out that.
+
+    Only the rows that are looked up exist in it.
+    """
+    if not isinstance(module, nn.Embedding) or module.weight.is_meta or module.weight.dtype == dtype:
+        yield
+        return
+    weight, padding = module.weight, module.padding_idx
+
+    def forward(ids: Tensor) -> Tensor:
+        used, places = ids.unique(return_inverse=True)
+        module.weight, module.padding_idx = nn.Parameter(weight[used].to(dtype), requires_grad=False), None
+        found: Tensor = type(module).forward(module, places)
+        module.weight, module.padding_idx = weight, padding
+        return found
+
+    module.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

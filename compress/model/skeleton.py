@@ -39,6 +39,10 @@ class Skeleton:
         self.model = _build(checkpoint, layout.architecture, dtype, trust)
         self.names, self.slots = _names(self.model, checkpoint, layout.architecture)
         self._kept = self.model._get_dtype_plan(dtype)  # what stays in float32 whatever the working dtype
+        # The largest tensors of all stay as they are stored: embeddings widen the rows that are looked up, and logits
+        # are made in float32 from any head.
+        large = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        self._narrow = [module for module in large if isinstance(module, nn.Embedding | nn.Linear)]
         self._fused = {linear.tensor for linear in layout.experts if linear.expert and linear.expert.fused}
         self._extra = [
             name.removesuffix(".weight")
@@ -68,6 +72,8 @@ class Skeleton:
             owner, _, leaf = target.rpartition(".")
             module = self.model.get_submodule(owner)
             dtype = self._dtype(target) if tensor.is_floating_point() else None
+            if dtype == torch.float32 and self.device.type == "cpu" and leaf == "weight" and module in self._narrow:
+                dtype = None
             value = tensor.to(self.device, dtype, copy=name in self._fused)  # single experts are written to
             if leaf in module._buffers:
                 module._buffers[leaf] = value

@@ -38,9 +38,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def streaming(folder: Path) -> Iterator[tuple[Replay, Skeleton, Checkpoint]]:
+def streaming(folder: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[Replay, Skeleton, Checkpoint]]:
     with Checkpoint.open(folder) as checkpoint:
-        made = skeleton(checkpoint)
+        made = skeleton(checkpoint, dtype)
         made.place(read(checkpoint, layout(checkpoint).blocks[0]))
         yield Replay(made), made, checkpoint
 
@@ -96,6 +96,25 @@ def test_block_by_block_is_the_whole_model(variant: str, tmp_path: Path) -> None
         theirs = reference(ids).logits
     precision = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[reference.dtype]
     torch.testing.assert_close(logits, theirs.float(), rtol=precision, atol=precision)
+
+
+@pytest.mark.parametrize("family", MATRIX)
+def test_half_precision_runs_in_float32(family: str, tmp_path: Path) -> None:
+    """To the last bit what transformers computes in float32; the largest tensors stay as they are stored."""
+    folder, ids = write(tmp_path, family, dtype=torch.bfloat16), tokens()
+    reference = load(folder, dtype=torch.float32)
+    expected = states(reference, MATRIX[family].blocks, ids)
+    with streaming(folder, torch.float32) as (replay, made, checkpoint):
+        found = streamed(replay, made, checkpoint, ids)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == torch.float32
+            assert torch.equal(ours, theirs)
+        logits = replay.logits(ids, found[-1], 0, ids.shape[1])
+        assert made.model.get_input_embeddings().weight.dtype == torch.bfloat16
+        assert made.model.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    if family != "mamba2":  # its own forward rounds hidden states to the precision of the head
+        torch.testing.assert_close(logits, float32_logits(reference, ids), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3_text", "phi3"])

@@ -1,7 +1,8 @@
 """Rows of text from wherever they are: the texts bundled here, a local file, or a data set of the hub.
 
 Bundled: calibration.jsonl and evaluation.jsonl, written for this project, which share no text; manifest.json
-says what they hold. A row has one of the shapes of ACCEPTED; whatever else it carries is ignored.
+says what they hold. A row has one of the shapes of ACCEPTED; whatever else it carries is ignored. Beside input_ids may
+stand labels and attention_mask, as trainers of transformers take them.
 """
 
 import json
@@ -19,6 +20,7 @@ PARTS = ("calibration", "evaluation")
 MAX_LINE = 16 * 2**20  # bytes of one row of a .jsonl file
 MAX_TEXT = 64 * 2**20  # bytes of a .txt file, which is tokenized in one piece
 ACCEPTED = '{"text"}, {"messages": [{"role", "content"}]}, {"conversations"}, {"prompt", "completion"} or {"input_ids"}'
+IGNORED = -100  # the label of a token that is not to be learned, as trainers of transformers have it
 
 _BOM = b"\xef\xbb\xbf"
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -37,13 +39,17 @@ class Message:
 class Row:
     """One document: exactly one of text, messages, input_ids is set.
 
-    place: where it stands, for errors. kind: what sort of text it is, for those who ask by kind.
+    place: where it stands, for errors. kind: what sort of text it is, for those who ask by kind. skipped: of every id,
+    whether it is not to be learned, such as those of a prompt; None: all are. padding: how many ids at the end are no
+    text.
     """
 
     place: str
     text: str | None = None
     messages: tuple[Message, ...] | None = None
     input_ids: tuple[int, ...] | None = None
+    skipped: tuple[bool, ...] | None = None
+    padding: int = 0
     kind: str | None = None
 
 
@@ -92,7 +98,9 @@ def parse_row(row: object, place: str) -> Row:
 def _document(row: dict[str, Any], place: str) -> Row:
     given = {key for key, value in row.items() if value is not None}
     if "input_ids" in given:
-        return Row(place, input_ids=_token_ids(row["input_ids"], place))
+        ids = _token_ids(row["input_ids"], place)
+        padding = _padding(row.get("attention_mask"), len(ids), place)
+        return Row(place, input_ids=ids, skipped=_skipped(row.get("labels"), ids, padding, place), padding=padding)
     for key in ("messages", "conversations"):
         if key in given:
             return Row(place, messages=_messages(row[key], f"{place}: {key}"))
@@ -127,6 +135,32 @@ def _token_ids(value: object, place: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not value or any(type(token) is not int or token < 0 for token in value):
         raise InputError(f"{place}: input_ids must be a list of token ids, whole numbers from 0")
     return tuple(value)
+
+
+def _padding(mask: object, count: int, place: str) -> int:
+    """How many of `count` ids an attention_mask leaves out, all at the end: there no token looks back at them."""
+    if mask is None:
+        return 0
+    if not isinstance(mask, list) or len(mask) != count or any(type(each) is not int for each in mask):
+        raise InputError(f"{place}: attention_mask must be a list of {count} numbers, one for each of input_ids")
+    kept = sum(mask)
+    if not kept or mask != [1] * kept + [0] * (count - kept):
+        raise InputError(f"{place}: attention_mask must be ones and then zeros", "pad at the end")
+    return count - kept
+
+
+def _skipped(labels: object, ids: tuple[int, ...], padding: int, place: str) -> tuple[bool, ...] | None:
+    """Which ids are not to be learned: those whose label is IGNORED, and padding."""
+    if labels is None and not padding:
+        return None
+    labels = list(ids) if labels is None else labels
+    if not isinstance(labels, list) or len(labels) != len(ids):
+        raise InputError(f"{place}: labels must be a list of {len(ids)} numbers, one for each of input_ids")
+    for number, (label, token) in enumerate(zip(labels, ids, strict=True)):
+        if type(label) is not int or label not in (token, IGNORED):
+            raise InputError(f"{place}: labels[{number}] must be {token}, as input_ids has it, or {IGNORED}")
+    last = len(ids) - padding
+    return tuple(label == IGNORED or number >= last for number, label in enumerate(labels))
 
 
 def _string(value: object, place: str) -> str:
@@ -197,7 +231,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             f"{path}: reading .parquet needs the package 'pyarrow', which is not installed",
             "pip install 'llmpare[data]'",
         ) from error
-    columns = ("text", "messages", "conversations", "prompt", "completion", "input_ids")
+    columns = ("text", "messages", "conversations", "prompt", "completion", "input_ids", "labels", "attention_mask")
     number = count(1)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

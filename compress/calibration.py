@@ -6,7 +6,7 @@ already are token ids are taken as they are, one window a row, so that tools can
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -33,27 +33,35 @@ BATCH_ROWS = 256
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """ids: int64 [windows, seqlen]. source: where they came from, plain JSON values for the report.
+    """ids: int64 [windows, seqlen]. skipped: the same shape, ids that are not to be learned; None: all are.
 
-    source has: dataset, part, sha256 (of the UTF-8 text that was tokenized; of the little-endian int64 ids
-    when the rows were ids), rows, tokens_available, windows, seqlen, bos (the id put in front, or None),
-    first_line (of the first window, decoded), short (fewer windows than the default number), whole (the data
-    set was read to its end).
+    source: where they came from, plain JSON values for the report: dataset, part, sha256 (of the UTF-8 text that was
+    tokenized; of the little-endian int64 ids, and of what is skipped, when the rows were ids), rows, tokens_available,
+    windows, seqlen, bos (the id put in front, or None), first_line (of the first window, decoded), short (fewer windows
+    than the default number), whole (the data set was read to its end).
     """
 
     ids: "NDArray[np.int64]"
     source: dict[str, Any]
+    skipped: "NDArray[np.bool_] | None" = None
 
 
 def load(
-    spec: TextSpec, tokenizer: Any, *, vocab_size: int, part: str, max_length: int, most: int | None = None
+    spec: TextSpec,
+    tokenizer: Any,
+    *,
+    vocab_size: int,
+    part: str,
+    max_length: int,
+    most: int | None = None,
+    learning: bool = False,
 ) -> Windows:
     """The windows that `spec` asks for.
 
     tokenizer: as from tokenizer.load_tokenizer. vocab_size: rows of the model's embedding; every id is below it. part:
-    'calibration' or 'evaluation', which of a data set's two halves. max_length: tokens the model allows at
-    most. most: windows to take if spec does not say; None: the part's default. Raises UsageError for a data set or a
-    length there cannot be, InputError for text that is unusable or too short.
+    'calibration' or 'evaluation', which of a data set's two halves. max_length: tokens the model allows at most. most:
+    windows to take if spec does not say; None: the part's default. learning: ids to skip, and padding, are of use.
+    Raises UsageError for a data set or a length there cannot be, InputError for text that is unusable or too short.
     """
     if spec.nsamples is not None and spec.nsamples < 1:
         raise UsageError(f"--nsamples {spec.nsamples}: at least one window is needed")
@@ -65,14 +73,17 @@ def load(
         wanted = (spec.nsamples or 1) * (spec.seqlen or min(DEFAULT_SEQLEN, max_length))
         raise InputError(f"{spec.dataset}: no text, 0 tokens, and {wanted} are needed", "give it some text")
     rows = chain([first], rows)
+    skipped = None
     if first.input_ids is not None:
-        ids, source = given_windows(rows, spec, most or DEFAULT_WINDOWS[part], vocab_size, max_length)
+        ids, skipped, source = given_windows(
+            rows, spec, most or DEFAULT_WINDOWS[part], vocab_size, max_length, learning=learning
+        )
     else:
         ids, source = _text_windows(rows, spec, most or DEFAULT_WINDOWS[part], tokenizer, vocab_size, max_length)
     text = tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)
     first_line = next((line for line in text.splitlines() if line.strip()), "")[:FIRST_LINE]
     shape = {"windows": ids.shape[0], "seqlen": ids.shape[1]}
-    return Windows(ids, {"dataset": spec.dataset, "part": part, **source, **shape, "first_line": first_line})
+    return Windows(ids, {"dataset": spec.dataset, "part": part, **source, **shape, "first_line": first_line}, skipped)
 
 
 def overlap(calibration: Windows, evaluation: Windows) -> float:
@@ -101,30 +112,52 @@ def _run_hashes(ids: "NDArray[np.int64]") -> "NDArray[np.uint64]":
 
 
 def given_windows(
-    rows: Iterable[Row], spec: TextSpec, default: int, vocab_size: int, max_length: int
-) -> tuple["NDArray[np.int64]", dict[str, Any]]:
-    """The first rows of ids, cut to one length, and what the report's source says about them."""
+    rows: Iterable[Row], spec: TextSpec, default: int, vocab_size: int, max_length: int, *, learning: bool = False
+) -> tuple["NDArray[np.int64]", "NDArray[np.bool_] | None", dict[str, Any]]:
+    """The first rows of ids, cut to one length; which ids to skip; and what the report's source says about them."""
     import numpy as np
 
     wanted = spec.nsamples or default
-    kept: list[tuple[int, ...]] = []
+    kept: list[Row] = []
     lengths: dict[int, str] = {}  # length → place of the first row of that length
     count = tokens = 0
     for row in rows:
         if row.input_ids is None:
             raise InputError(f"{row.place}: text after rows of input_ids", "put them into files of their own")
+        if row.padding and not learning:
+            raise InputError(
+                f"{row.place}: {row.padding} of its ids are padding", "leave it out: it would count as text"
+            )
         check_vocabulary(max(row.input_ids), vocab_size, row.place)
         if len(kept) < wanted:
-            kept.append(row.input_ids)
+            kept.append(row)
         lengths.setdefault(len(row.input_ids), row.place)
         count += 1
         tokens += len(row.input_ids)
     seqlen = _common_length(lengths, spec.seqlen, max_length)
     if count < (spec.nsamples or 1):
         raise too_short(spec.dataset, tokens, wanted, seqlen)
-    ids = np.array([row[:seqlen] for row in kept], dtype=np.int64)
-    source = {"sha256": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(), "rows": count, "bos": None}
-    return ids, {**source, "tokens_available": tokens, "short": count < wanted, "whole": True}
+    ids = np.array([(row.input_ids or ())[:seqlen] for row in kept], dtype=np.int64)
+    digest = hashlib.sha256(ids.astype("<i8").tobytes())
+    skipped = _skipped(kept, seqlen) if learning else None
+    if skipped is not None:
+        digest.update(skipped.tobytes())
+    source = {"sha256": digest.hexdigest(), "rows": count, "bos": None, "tokens_available": tokens}
+    return ids, skipped, {**source, "short": count < wanted, "whole": True}
+
+
+def _skipped(rows: Sequence[Row], seqlen: int) -> "NDArray[np.bool_] | None":
+    """Which ids of which row are not to be learned, [rows, seqlen]; None if all are."""
+    import numpy as np
+
+    if all(row.skipped is None for row in rows):
+        return None
+    skipped = np.array([(row.skipped or (False,) * seqlen)[:seqlen] for row in rows], dtype=bool)
+    idle = np.flatnonzero(skipped[:, 1:].all(axis=1))  # nothing comes before the first id that could predict it
+    if len(idle):
+        place = rows[int(idle[0])].place
+        raise InputError(f"{place}: none of its first {seqlen} ids is to be learned", "leave out such rows")
+    return skipped
 
 
 def _common_length(lengths: dict[int, str], seqlen: int | None, max_length: int) -> int:

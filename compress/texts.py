@@ -1,6 +1,7 @@
 """The two texts of a run: the one it learns from and the one it is judged by."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from llmpare.compress import calibration
 from llmpare.compress.calibration import Windows
@@ -35,7 +36,7 @@ def read_texts(plan: Plan) -> Texts:
     """Both texts, cut into windows. Raises InputError for a tokenizer or a text that cannot be used."""
     request = plan.request
     tokenizer = load_tokenizer(plan.model, trust_remote_code=request.trust_remote_code)
-    limits = {"vocab_size": plan.vocabulary, "max_length": plan.longest}
+    limits: dict[str, Any] = {"vocab_size": plan.vocabulary, "max_length": plan.longest}
     learned = None
     if request.calibration.dataset != NO_TEXT:
         learned = calibration.load(request.calibration, tokenizer, part="calibration", **limits)

@@ -87,6 +87,12 @@ class TestRows:
                 Row("here", messages=(Message("user", "a"), Message("assistant", "b"))),
             ),
             ({"input_ids": [3, 0], "text": "a"}, Row("here", input_ids=(3, 0))),
+            ({"input_ids": [3, 0], "attention_mask": [1, 1]}, Row("here", input_ids=(3, 0))),
+            ({"input_ids": [3, 0], "labels": [-100, 0]}, Row("here", input_ids=(3, 0), skipped=(True, False))),
+            (
+                {"input_ids": [3, 4, 0], "attention_mask": [1, 1, 0]},
+                Row("here", input_ids=(3, 4, 0), skipped=(False, False, True), padding=1),
+            ),
             ({"messages": None, "text": "a"}, Row("here", text="a")),
         ],
     )
@@ -111,6 +117,12 @@ class TestRows:
             ({"input_ids": [1, True]}, "whole numbers"),
             ({"input_ids": [1, -1]}, "whole numbers"),
             ({"input_ids": [1.0]}, "whole numbers"),
+            ({"input_ids": [1, 2], "labels": [1]}, "labels must be a list of 2 numbers"),
+            ({"input_ids": [1, 2], "labels": [2, 3]}, r"labels\[0\] must be 1, as input_ids has it, or -100"),
+            ({"input_ids": [1, 2], "labels": [1, None]}, r"labels\[1\] must be 2"),
+            ({"input_ids": [1, 2], "attention_mask": [1]}, "attention_mask must be a list of 2 numbers"),
+            ({"input_ids": [1, 2], "attention_mask": [0, 1]}, "must be ones and then zeros"),
+            ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "must be ones and then zeros"),
         ],
     )
     def test_other_shapes_are_refused_with_line_and_keys(self, tmp_path, row, reason):

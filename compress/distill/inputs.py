@@ -24,7 +24,7 @@ def read_texts(plan: DistillPlan) -> Texts:
     request, sides = plan.request, (plan.teacher, plan.student)
     assert plan.teacher.folder is not None
     tokenizer = load_tokenizer(plan.teacher.folder, trust_remote_code=request.trust_remote_code)
-    limits = {
+    limits: dict[str, Any] = {
         "vocab_size": min(side.vocabulary for side in sides),
         "max_length": min(side.longest for side in sides),
     }
@@ -33,6 +33,7 @@ def read_texts(plan: DistillPlan) -> Texts:
         tokenizer,
         part="calibration",
         most=plan.pace.steps * plan.pace.windows,
+        learning=True,
         **limits,
     )
     watched = calibration.load(replace(request.evaluation, seqlen=plan.seqlen), tokenizer, part="evaluation", **limits)

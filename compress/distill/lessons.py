@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from llmpare.compress.distill.pupil import IGNORED
+from llmpare.calibration_data import IGNORED
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmpare.calibration_data import IGNORED
 from llmpare.compress.distill.forward import Forward
 from llmpare.compress.distill.losses import Objective
 from llmpare.compress.distill.targets import Batch, Extension, Outputs, Rewrite, Teacher
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SHARDED = "_fsdp_wrapped_module."  # in names of parameters of a sharded module, and not in its state
-IGNORED = -100  # the label of a position that does not count, as transformers has it
 
 
 class Diverged(InputError):

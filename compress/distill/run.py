@@ -192,9 +192,9 @@ def _learn(job: Job, journal: Journal | None, folder: str | None, resume: str | 
     with open_dense(Path(folder)) as source:
         progress.phase("loading")
         with clock.phase("load"):
-            ids = _learned(job).ids
+            ids, skipped = _learned(job).ids, _learned(job).skipped
             pupil = setup.pupil(plan, job.teacher, source, torch.from_numpy(ids), job.processes.device)
-        lessons = Lessons(ids, plan.pace.steps * plan.pace.windows, plan.request.seed)
+        lessons = Lessons(ids, plan.pace.steps * plan.pace.windows, plan.request.seed, skipped)
         progress.phase("distilling" if resume is None else f"distilling, from {resume}")
         begun = time.monotonic()
         if journal is not None and resume is not None:

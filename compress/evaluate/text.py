@@ -7,7 +7,7 @@ scored. Rows of token ids are taken as they are, one window a row.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,8 @@ def read(request: TextRequest, tokenizer: Any, *, vocab_size: int, max_length: i
         text = _from_text(rows, request.nsamples, seqlen, tokenizer, vocab_size, name)
     else:
         spec = TextSpec(name, request.nsamples, request.seqlen)
-        text = _from_ids(*calibration.given_windows(rows, spec, ALL, vocab_size, max_length), tokenizer)
+        ids, _, source = calibration.given_windows(rows, spec, ALL, vocab_size, max_length)
+        text = _from_ids(ids, source, tokenizer)
     shown = tokenizer.decode(text.ids[0].tolist(), skip_special_tokens=True)
     first_line = next((line for line in shown.splitlines() if line.strip()), "")[:FIRST_LINE]
     text.source.update(
@@ -81,7 +82,7 @@ def _rows(datasets: Sequence[str]) -> Iterator[Row]:
     for dataset in datasets:
         for row in calibration_data.rows(dataset, "evaluation"):
             named = row.kind or (Path(dataset).name if len(datasets) > 1 else None)
-            yield Row(row.place, row.text, row.messages, row.input_ids, named)
+            yield replace(row, kind=named)
 
 
 def _from_ids(ids: "NDArray[np.int64]", source: dict[str, Any], tokenizer: Any) -> Text:

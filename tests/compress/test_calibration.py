@@ -199,6 +199,30 @@ class TestGivenIds:
         with pytest.raises(InputError, match=f"line 2: token id {10**30} is outside .* {VOCABULARY}"):
             windows(file, tokenizer)
 
+    def test_what_is_to_be_skipped_counts_where_something_is_learned(self, tmp_path, tokenizer):
+        labelled = {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}
+        file = write_rows(tmp_path / "a.jsonl", labelled, {"input_ids": [5, 6, 7, 8]})
+        spec, limits = TextSpec(str(file), seqlen=3), {"vocab_size": VOCABULARY, "max_length": 1024}
+        learned = load(spec, tokenizer, part="calibration", learning=True, **limits)
+        assert learned.skipped.tolist() == [[True, True, False], [False, False, False]]
+        plain = windows(file, tokenizer, seqlen=3)
+        assert plain.skipped is None
+        assert plain.ids.tolist() == learned.ids.tolist()
+        assert plain.source["sha256"] != learned.source["sha256"]
+
+    def test_padding_is_no_text(self, tmp_path, tokenizer):
+        padded = {"input_ids": [1, 2, 3, 0], "attention_mask": [1, 1, 1, 0]}
+        file = write_rows(tmp_path / "a.jsonl", {"input_ids": [5, 6, 7, 8]}, padded)
+        with pytest.raises(InputError, match="line 2: 1 of its ids are padding"):
+            windows(file, tokenizer)
+
+    def test_a_row_with_nothing_to_learn_is_refused(self, tmp_path, tokenizer):
+        """The first id is predicted by nothing."""
+        file = write_rows(tmp_path / "a.jsonl", {"input_ids": [1, 2, 3], "labels": [1, -100, -100]})
+        spec = TextSpec(str(file))
+        with pytest.raises(InputError, match="line 1: none of its first 3 ids is to be learned"):
+            load(spec, tokenizer, vocab_size=VOCABULARY, part="calibration", max_length=9, learning=True)
+
     @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
     def test_ids_and_text_do_not_mix(self, tmp_path, tokenizer, order):
         file = write_rows(tmp_path / "a.jsonl", *[{"input_ids": [1, 2]}, {"text": "words"}][order])

@@ -337,6 +337,28 @@ def test_text_alone_is_a_loss_too(place: Place, tmp_path: Path) -> None:
     assert main(place.command(tmp_path / "more", "--loss", "cross-entropy", "--cache-teacher", "x")) == 2
 
 
+@pytest.mark.parametrize("loss", ["forward-kl", "cross-entropy"])
+def test_prompts_and_padding_teach_nothing(loss: str, place: Place, tmp_path: Path) -> None:
+    """Rows that differ in what is padding only give the same weights; without labels, prompts teach as well."""
+    rows = torch.randint(2, 200, (16, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    hidden, mask = [-100] * 8, [1] * 24 + [0] * 8
+    texts = {
+        "masked": [{"input_ids": row[:24] + [0] * 8, "labels": hidden + row[8:24] + hidden} for row in rows],
+        "padded": [{"input_ids": row[:24] + [1] * 8, "labels": hidden + row[8:24] + [1] * 8} for row in rows],
+        "prompted": [{"input_ids": row} for row in rows],
+        "whole": [{"input_ids": row} for row in rows],
+    }
+    made = {}
+    for name, lines in texts.items():
+        more = {"attention_mask": mask} if name in ("padded", "prompted") else {}
+        text = tmp_path / f"{name}.jsonl"
+        text.write_text("\n".join(json.dumps({**line, **more}) for line in lines))
+        assert main(place.command(tmp_path / name, "--dataset", str(text), "--loss", loss)) == 0
+        made[name] = weights(tmp_path / name)
+    assert made["masked"] == made["padded"]
+    assert len(set(made.values())) == 3
+
+
 def test_a_student_is_trained_for_its_codes(place: Place, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more = ["--student-scheme", "W4A16", "--group-size", "32", "--lr", "3e-4"]

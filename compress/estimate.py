@@ -6,6 +6,7 @@ not far off; tests compare it with what runs really took.
 
 import os
 import shutil
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ _GRAMS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}  # numbers in the statistics 
 # Measured, and rounded up. What a solver holds at its peak, in float32: copies of the weights, of their Gram matrix,
 # and of those rows of the weights that it takes at once.
 _COPIES = {"rtn:solve_alike": (3, 0, 0), "gptq:solve_alike": (2, 1, 13)}
+_IDLE = 0.4  # of what a run takes lies idle between what is in use, if what was freed is kept
+_MOST_IDLE = 2**28  # bytes: where more would lie idle, blocks are so large that new memory costs little beside the work
 _ROWS_OF = 1 << 23  # weights that are taken at once on the CPU, by the solver and to measure errors
 _TUNED_WEIGHT = 48  # bytes: the weight, its place, offset, gradients and the two moments of Adam
 _TUNED_OUTPUTS = 7  # what automatic differentiation keeps, in units of what the linears put out
@@ -61,7 +64,8 @@ class Way:
     outside: embeddings and head stay loaded from beginning to end; else the head is read a second time. ahead: the next
     block is read while this one is worked on. kept: hidden states stay in the device's memory; else they are spilled.
     together: all windows wait inside a block while its linears are solved; else they pass through it once per input.
-    positions: whose logits exist at once, at most.
+    positions: whose logits exist at once, at most. ready: memory that was freed is kept for what comes next; else it is
+    given back to the system at once.
     """
 
     outside: bool = True
@@ -69,6 +73,7 @@ class Way:
     kept: bool = True
     together: bool = True
     positions: int = _LOGIT_TOKENS["cuda"]
+    ready: bool = False
 
     def lines(self) -> list[str]:
         """What is given up, for people."""
@@ -145,7 +150,10 @@ class Needs:
     def within(self, room: int) -> "Needs":
         """The quickest way to do with `room` bytes; if there is none, the one that needs least."""
         ways = self._ways()
-        return replace(self, way=next((way for way in ways if self._at(way) <= room), min(ways, key=self._at)))
+        found = replace(self, way=next((way for way in ways if self._at(way) <= room), min(ways, key=self._at)))
+        ready = replace(found, way=replace(found.way, ready=True))
+        pays = ready.memory <= room and ready.memory - found.memory <= _MOST_IDLE
+        return ready if pays else found
 
     def explain(self) -> str:
         """The parts, for people."""
@@ -172,7 +180,8 @@ class Needs:
         scoring = (self.outside if way.outside else self.head + rest) + self.logits_per_position * min(
             way.positions, logit_tokens(self.device)
         )
-        return self.process + streams + max(entering, working, scoring)
+        peak = streams + max(entering, working, scoring)
+        return self.process + peak + (int(peak * _IDLE) if way.ready else 0)
 
     @property
     def _streams(self) -> int:
@@ -296,7 +305,7 @@ def needs_of(
         frugal=not work.twin and not work.followed,
         device=device,
     )
-    return found if request.max_memory is None else found.within(request.max_memory)
+    return found.within(sys.maxsize if request.max_memory is None else request.max_memory)
 
 
 def _loaded(info: TensorInfo, size: int) -> int:

@@ -63,8 +63,10 @@ class Linears:
         modules = {name: skeleton.module(name) for name, linear in linears.items() if linear.expert is None}
         inputs = collect.Inputs(modules, skeleton.mixtures(list(linears.values())), self._plan.request.route_all)
         if self._plan.sequential:
-            together = self._plan.needs.way.together
-            return collect.sequential(self._model.replay, index, inputs, calibration, together=together)
+            way = self._plan.needs.way
+            return collect.sequential(
+                self._model.replay, index, inputs, calibration, together=way.together, ready=way.ready
+            )
         return collect.parallel(self._model.replay, index, inputs, calibration, dense, with_drift=drift)
 
     def advance(self, index: int, calibration: Stream | None) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 GIB = 2**30
 
-_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # M_MMAP_THRESHOLD and M_ARENA_MAX of malloc.h
-_LARGE = 4 * 2**20  # bytes; mapping costs page faults, which for blocks of this size cost less than using them
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of malloc.h, with an M in front
+_LARGE, _HUGE = 4 * 2**20, 8 * 2**20  # bytes from which an allocation is mapped on its own: when lean, and when not
 
 
 def available() -> int:
@@ -90,6 +90,16 @@ def keep_lean() -> None:
     allocate at the same time heaps of their own, each as large as it ever was.
     """
     _libc("mallopt", _MMAP_THRESHOLD, _LARGE)
+    _libc("mallopt", _ARENA_MAX, 1)
+
+
+def keep_ready() -> None:
+    """Has this process keep what it has freed for what it allocates next (glibc).
+
+    New memory comes page by page, and a fault for each page costs more than most operations on it.
+    """
+    _libc("mallopt", _MMAP_THRESHOLD, _HUGE)
+    _libc("mallopt", _TRIM_THRESHOLD, 2**31 - 1)
     _libc("mallopt", _ARENA_MAX, 1)
 
 

@@ -80,7 +80,6 @@ def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, 
     nothing or an unfinished output that the same command takes up again.
     """
     transformers.logging.set_verbosity_error()
-    memory.keep_lean()
     progress.phase("planning")
     device = devices.find(request.device)
     plan = command.plan(request, device.type)
@@ -96,6 +95,10 @@ def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, 
             return _existing(plan, source)
         plan = within_room(plan, devices.room(device))
         devices.limit(device, request.max_memory)
+        if plan.needs.way.ready:
+            memory.keep_ready()
+        else:
+            memory.keep_lean()
         with publish.Workspace(request.out, force=request.force, restart=request.restart) as workspace:
             for message in workspace.messages:
                 progress.warn(message)

@@ -59,7 +59,8 @@ class Walk:
                 yield index, tensors
                 tensors = {}
                 self.skeleton.unload(index)
-                memory.trim()
+                if not self._plan.needs.way.ready:
+                    memory.trim()
                 if more:
                     with self._clock.phase("read"):
                         tensors = self._load(coming.result() if coming is not None else self._read(names[index + 1]))

@@ -103,6 +103,18 @@ def test_what_has_to_stay_is_not_given_up() -> None:
     assert not fitted.way.together
 
 
+def test_freed_memory_is_kept_where_little_of_it_lies_idle(checkpoint: Checkpoint) -> None:
+    """It is quicker, takes more, and is the first thing to be given up."""
+    small = needs(checkpoint)
+    assert small.way.ready
+    enough = small.memory
+    lean = small.within(enough - 1)
+    assert not lean.way.ready
+    assert lean.way == replace(small.way, ready=False)
+    assert 0 < enough - lean.memory < 2**28
+    assert not large().within(64 * GIB).way.ready
+
+
 def test_the_device_decides_how_much_is_done_at_once() -> None:
     assert large(waiting=0, forward_per_token=2**20, device="cuda").memory > large(forward_per_token=2**20).memory
 

@@ -48,7 +48,10 @@ def permuted(matrix: Tensor, order: Tensor) -> Tensor:
 
 def columns_first(weight: Tensor, order: Tensor) -> Tensor:
     """weight [matrices, rows, columns] as [matrices, columns, rows], its columns in this order [matrices, columns]."""
-    return torch.stack([each.t()[own] for each, own in zip(weight, order, strict=True)])
+    found = weight.new_empty(weight.mT.shape)
+    for out, each, own in zip(found, weight, order, strict=True):
+        torch.index_select(each.t(), 0, own, out=out)
+    return found
 
 
 def rows_first(columns: Tensor, order: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ COUNTS = {"olmoe": 8, "deepseek_v3": 8}
 
 def common(model: Path, out: Path) -> dict[str, Any]:
     like = families.request(model, out)
-    return {name: vars(like)[name] for name in ("model", "out", "calibration", "evaluation", "device")}
+    return {name: vars(like)[name] for name in ("model", "out", "calibration", "evaluation", "device", "dtype")}
 
 
 def request(model: Path, out: Path, **cut: Any) -> ShrinkRequest:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, LENGTH, load, measured, reported, text, tokens, write
+from families import FAMILIES, LENGTH, load, measured, own_dtype, reported, text, tokens, write
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -52,6 +52,7 @@ def request(model: Path, out: Path, **changes: Any) -> MaskRequest:
         "calibration": TextSpec(str(text(model, "calibration")), nsamples=4, seqlen=LENGTH),
         "evaluation": TextSpec(str(text(model, "evaluation")), nsamples=2, seqlen=LENGTH),
         "device": "cpu",
+        "dtype": own_dtype(model),
         **changes,
     }
     return MaskRequest(str(model), out, **values)

@@ -28,6 +28,7 @@ def request(model: Path, out: Path, **cut: Any) -> ShrinkRequest:
         calibration=TextSpec(str(families.text(model, "calibration")), nsamples=4, seqlen=families.LENGTH),
         evaluation=TextSpec(str(families.text(model, "evaluation")), nsamples=2, seqlen=families.LENGTH),
         device="cpu",
+        dtype=families.own_dtype(model),
         cut=Cut(**{"round_to": 32, **cut}),
     )
 

@@ -31,7 +31,7 @@ _GRAMS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}  # numbers in the statistics 
 # and of those rows of the weights that it takes at once.
 _COPIES = {"rtn:solve_alike": (3, 0, 0), "gptq:solve_alike": (2, 1, 13)}
 _IDLE = 0.4  # of what a run takes lies idle between what is in use, if what was freed is kept
-_MOST_IDLE = 2**28  # bytes: where more would lie idle, blocks are so large that new memory costs little beside the work
+_MOST_IDLE = 2**29  # bytes: where more would lie idle, blocks are so large that new memory costs little beside the work
 _ROWS_OF = 1 << 23  # weights that are taken at once on the CPU, by the solver and to measure errors
 _TUNED_WEIGHT = 48  # bytes: the weight, its place, offset, gradients and the two moments of Adam
 _TUNED_OUTPUTS = 7  # what automatic differentiation keeps, in units of what the linears put out
@@ -162,9 +162,10 @@ class Needs:
             "process": self.process,
             "weights": (self.outside if way.outside else 0) + self.block + (self.following if way.ahead else 0),
             "solver": self.statistics + self.solving,
-            "activations": self._held(way) + self.forward_per_token * self._at_once,
+            "activations": self._held(way) + max(self._waiting(way), self.forward_per_token * self._at_once),
+            "kept for reuse": self.memory - self._at(replace(way, ready=False)),
         }
-        return ", ".join(f"{name} {memory.show(size)}" for name, size in parts.items())
+        return ", ".join(f"{name} {memory.show(size)}" for name, size in parts.items() if size)
 
     def _ways(self) -> list[Way]:
         most, ways = logit_tokens(self.device), _WAYS if self.frugal else (Way(), Way(together=False))
@@ -172,11 +173,12 @@ class Needs:
 
     def _at(self, way: Way) -> int:
         streams = self._held(way)
-        waiting = self.waiting_per_token * (self.tokens if way.together else 0)
         rest = max(0, self.outside - 2 * self.head)  # what is neither embeddings nor head stays where it is
         outside, following = self.outside if way.outside else rest, self.following if way.ahead else 0
         entering = self.outside + self.block
-        working = outside + following + self.block + max(self.statistics + self.solving + waiting, self._forward)
+        working = (
+            outside + following + self.block + max(self.statistics + self.solving + self._waiting(way), self._forward)
+        )
         scoring = (self.outside if way.outside else self.head + rest) + self.logits_per_position * min(
             way.positions, logit_tokens(self.device)
         )
@@ -186,6 +188,9 @@ class Needs:
     @property
     def _streams(self) -> int:
         return self.watched + self.stream_per_token * self.tokens
+
+    def _waiting(self, way: Way) -> int:
+        return self.waiting_per_token * (self.tokens if way.together else 0)
 
     def _held(self, way: Way) -> int:
         """Hidden states in memory; if they are spilled, of one batch of two streams, and of what becomes of it."""

@@ -12,6 +12,7 @@ CLIP = 1.0  # norm of the gradient: what a single odd window can do
 SAVE_SECONDS = 600.0  # between checkpoints: at most so much work is lost
 LOGGED = 100  # points of the curve
 HEALING = 0.3  # of the learning rate of a new model, for one that has been trained
+ROUNDED = 0.1  # the same for one that is rounded while it learns: larger steps move more codes than they mend
 LORA_RANK = 16  # of the adapters, when only they are trained
 _SMALLEST_RATE, _LARGEST_RATE = 2e-5, 1e-3
 _MICRO_TOKENS = {"cpu": 4096, "cuda": 16384}  # that pass through the student at once, if there are so many in a step
@@ -26,10 +27,13 @@ class Pace:
     micro: int
 
 
-def rate(parameters: int, *, healing: bool) -> float:
+def rate(parameters: int, *, healing: bool, rounded: bool = False) -> float:
     """The highest learning rate: larger models want smaller ones (Kaplan et al. 2020, equation D.1, within bounds), and
-    a student that knows something already a fraction of what a new one wants, or it forgets first."""
+    a student that knows something already a fraction of what a new one wants, or it forgets first. rounded: trained for
+    low-bit codes, from those of quantization."""
     fresh = min(_LARGEST_RATE, max(_SMALLEST_RATE, 0.003239 - 0.0001395 * math.log(max(parameters, 2))))
+    if rounded:
+        return fresh * ROUNDED
     return fresh * HEALING if healing else fresh
 
 

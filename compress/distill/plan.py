@@ -132,7 +132,8 @@ def plan_distill(request: DistillRequest, *, device: str = "cpu", processes: int
     if not 2 <= seqlen <= longest:
         raise UsageError(f"--seqlen {seqlen}: these models take 2 to {longest} tokens")
     pace = defaults.pace(request.tokens, seqlen, request.batch_tokens, processes, device)
-    rate = request.rate or defaults.rate(student.parameters, healing=request.healing)
+    rounded = request.student_scheme is not None
+    rate = request.rate or defaults.rate(student.parameters, healing=request.healing, rounded=rounded)
     warnings = []
     if teacher.vocabulary != student.vocabulary:
         sizes = f"vocabularies of {teacher.vocabulary:,} and {student.vocabulary:,} tokens"

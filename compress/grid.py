@@ -64,12 +64,6 @@ class Solved:
     zero: Tensor
     notes: list[dict[str, str]] = field(default_factory=list)
 
-    @classmethod
-    def empty(cls, rows: int, columns: int, group_size: int, device: torch.device) -> "Solved":
-        """One to be filled in, a few rows at a time."""
-        scale = torch.empty(rows, columns // group_size, device=device)
-        return cls(torch.empty(rows, columns, dtype=torch.uint8, device=device), scale, torch.empty_like(scale))
-
     def weight(self) -> Tensor:
         """The dequantized weight [rows, columns], float32."""
         rows, columns = self.codes.shape

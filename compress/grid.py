@@ -10,9 +10,13 @@ them. A weight is (code − zero) · scale.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from llmpare.compress.lines import picked
 
 _AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}  # weights per slice of the search: few launches, small temporaries
 
@@ -37,19 +41,19 @@ class Statistics:
 class Columns:
     """The grid of some columns, for loops that round one column of all rows at a time.
 
-    scale, inverse = 1/scale, and the bounds low and high of code minus zero point: [matrices, columns, rows], or bounds
-    of size 1 where all are alike.
+    scale [matrices, columns, rows], and the bounds low and high of code minus zero point: the same, or numbers where
+    all are alike.
     """
 
     scale: Tensor
-    inverse: Tensor
-    low: Tensor
-    high: Tensor
+    low: Tensor | float
+    high: Tensor | float
 
-    def each(self) -> Iterator[tuple[Tensor, ...]]:
-        """scale, inverse, low and high of one column after the other, [matrices, rows] or [matrices, 1]."""
-        count = self.scale.shape[1]
-        return zip(*(part.expand(-1, count, -1).unbind(1) for part in vars(self).values()), strict=True)
+    def bounds(self) -> Iterator[tuple[Any, Any]]:
+        """low and high of one column after the other, [matrices, rows] or numbers; the latter without end."""
+        if isinstance(self.low, Tensor) and isinstance(self.high, Tensor):
+            return zip(self.low.unbind(1), self.high.unbind(1), strict=True)
+        return repeat((self.low, self.high))
 
 
 @dataclass
@@ -117,14 +121,15 @@ class IntGrid:
 
         scale, zero [matrices, rows, groups].
         """
-        groups, matrix = order // group_size, torch.arange(len(order), device=order.device).unsqueeze(1)
-        scale, zero = scale.mT.contiguous(), zero.mT.contiguous()
+        groups, scale, zero = order // group_size, scale.mT.contiguous(), zero.mT.contiguous()
 
         def some(part: slice) -> Columns:
-            group = groups[:, part]
-            here = scale[matrix, group]
-            offset = zero[:, :1, :1] if self.symmetric else zero[matrix, group]
-            return Columns(here, 1 / here, -offset, self.top - offset)
+            own = groups[:, part]
+            here = picked(scale, own)
+            if self.symmetric:
+                return Columns(here, -self.middle, self.top - self.middle)
+            offset = picked(zero, own)
+            return Columns(here, -offset, self.top - offset)
 
         return some
 

@@ -11,7 +11,7 @@ from llmpare.compress.grid import Statistics
 from llmpare.compress.model.layout import Linear
 from llmpare.compress.model.models import Model
 from llmpare.compress.planning import Plan
-from llmpare.compress.quantize.refine import loss
+from llmpare.compress.quantize.refine import energy, loss
 from llmpare.compress.storage import StoredPlan
 from llmpare.compress.streams import Stream
 
@@ -125,5 +125,5 @@ def relative_error(weight: Tensor, changed: Tensor, statistics: Statistics | Non
             lost, whole = lost + (before - after).square().sum(), whole + before.square().sum()
         else:
             lost = lost + loss(before, after, statistics.gram).sum()
-            whole = whole + loss(before, torch.zeros_like(before), statistics.gram).sum()
+            whole = whole + energy(before, statistics.gram).sum()
     return float(lost / whole) if whole != 0 else 0.0  # NaN, for what cannot be measured, must not become 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmpare.compress.grid import IntGrid, Solved, Statistics
+from llmpare.compress.lines import Backlog, Lines, block, picked, place
 from llmpare.compress.quantize import linalg, refine, rtn
 
 
@@ -112,13 +113,11 @@ def _solve(matrices: Sequence[_Matrix], grid: IntGrid, group_size: int, rounds: 
     try:
         for part in parts if rounds else ():
             alive, own = weight[:, part].masked_fill(dead, 0.0), grid.of_rows(part)
-            present = codes[:, part].float()
+            present = refine.Refinement(alive, gram, codes[:, part], scale[:, part], zero[:, part], own, group_size)
             for _ in range(rounds):
-                scale[:, part] = refine.refit_scales(alive, gram, present, scale[:, part], zero[:, part], own)
-                present = refine.coordinate_descent(
-                    alive, gram, order, present, scale[:, part], zero[:, part], own, group_size, sweeps
-                )
-            codes[:, part] = present
+                present.refit()
+                present.descend(order, sweeps)
+            codes[:, part], scale[:, part] = present.codes, present.scale
     finally:
         for each, diagonal in zip(gram, before, strict=True):
             each.diagonal().copy_(diagonal)
@@ -139,9 +138,6 @@ def rows_at_once(weight: Tensor) -> int:
     return max(1, most * weight.shape[-2] // weight.numel())
 
 
-_BLOCK = 32  # columns whose error is propagated one by one; everything to their right waits for one matrix product
-
-
 def propagate(
     weight: Tensor, factor: Tensor, order: Tensor, scale: Tensor, zero: Tensor, grid: IntGrid, group_size: int
 ) -> Tensor:
@@ -155,19 +151,24 @@ def propagate(
     w_j −= e·R_ij/R_ii. The columns outside the block get the sum of its corrections at once.
     """
     grids = grid.columns(order, scale, zero, group_size)
-    pending = linalg.columns_first(weight, order)
+    pending = picked(weight.mT, order)
     centred = torch.empty_like(pending)  # codes minus zero points
     inverse = 1 / factor.diagonal(dim1=1, dim2=2).unsqueeze(2)  # [matrices, columns, 1]
-    columns, codes = pending.split(1, 1), centred.unbind(1)
-    errors = linalg.Backlog(pending, _BLOCK)
-    for start in range(0, len(codes), _BLOCK):
-        part = slice(start, min(start + _BLOCK, len(codes)))
-        errors.begin((factor[:, part, part] * inverse[:, part]).mT)
-        steps = zip(columns[part], codes[part], errors.each, grids(part).each(), strict=False)
-        for i, (column, code, error, (size, shrink, low, high)) in enumerate(steps):
-            value = errors.settle(i, column)
+    width = block(pending)
+    errors = Backlog(pending, width)
+    codes, scales, inverses = (Lines(pending, width) for _ in range(3))
+    for start in range(0, order.shape[1], width):
+        part = slice(start, min(start + width, order.shape[1]))
+        here, count = grids(part), part.stop - start
+        errors.begin(pending[:, part], (factor[:, part, part] * inverse[:, part]).mT)
+        lines = (codes.each, errors.lines.each, scales.fill(here.scale), inverses.fill(1 / here.scale), here.bounds())
+        for i, (code, error, size, shrink, (low, high)) in zip(range(count), zip(*lines, strict=False), strict=False):
+            value = errors.settle(i)
             torch.mul(value, shrink, out=code).round_().clamp_(low, high)
             torch.addcmul(value, code, size, value=-1, out=error)
-        done = errors.all[:, : part.stop - start].mul_(inverse[:, part])
+        centred[:, part] = codes.all[:, :count]
+        done = errors.lines.all[:, :count].mul_(inverse[:, part])
         pending[:, part.stop :].baddbmm_(factor[:, part, part.stop :].mT, done, alpha=-1)
-    return linalg.rows_first(centred, order).add_(zero.repeat_interleave(group_size, dim=2))
+    found = torch.empty_like(weight)
+    place(found.mT, order, centred)
+    return found.add_(zero.repeat_interleave(group_size, dim=2))

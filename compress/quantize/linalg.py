@@ -46,22 +46,6 @@ def permuted(matrix: Tensor, order: Tensor) -> Tensor:
     return found
 
 
-def columns_first(weight: Tensor, order: Tensor) -> Tensor:
-    """weight [matrices, rows, columns] as [matrices, columns, rows], its columns in this order [matrices, columns]."""
-    found = weight.new_empty(weight.mT.shape)
-    for out, each, own in zip(found, weight, order, strict=True):
-        torch.index_select(each.t(), 0, own, out=out)
-    return found
-
-
-def rows_first(columns: Tensor, order: Tensor) -> Tensor:
-    """The way back from columns_first."""
-    found = columns.new_empty(columns.mT.shape)
-    for out, each, own in zip(found, columns, order, strict=True):
-        out[:, own] = each.t()
-    return found
-
-
 def inverse_factor(matrix: Tensor) -> Tensor | None:
     """R, upper triangular, with H⁻¹ = Rᵀ·R: `cholesky(inverse(H), upper=True)` by one factorisation, not two.
 
@@ -139,33 +123,3 @@ def correct(weight: Tensor, root: Tensor, drift: Tensor, strength: float) -> Ten
     weight [rows, columns]; drift D = (X − X̃)ᵀX̃ / tokens; root: any R with (H + λI)⁻¹ = Rᵀ·R.
     """
     return weight + strength * (weight @ drift @ root.t() @ root)
-
-
-class Backlog:
-    """What the columns of a block owe to those before them, for loops that deal with one column of all rows at a time.
-
-    Column i is first reduced by Σ_{j<i} share_ij · line_j, j being the earlier columns of the block: one product for
-    each, instead of one for every pair. all [matrices, size, rows]: the lines, which the loop fills one by one; each:
-    the same, one [matrices, rows] per column.
-    """
-
-    def __init__(self, like: Tensor, size: int) -> None:
-        """For blocks of at most `size` columns of [matrices, columns, rows]."""
-        matrices, _, rows = like.shape
-        self.all = like.new_empty(matrices, size, rows)
-        self.each = self.all.unbind(1)
-        self._shares = like.new_empty(matrices, size, size)
-        self._earlier = [(self._shares[:, i : i + 1, :i], self.all[:, :i]) for i in range(size)]
-        self._value = like.new_empty(matrices, 1, rows)
-        self._settled = self._value.squeeze(1)
-
-    def begin(self, shares: Tensor) -> None:
-        """A block whose shares are the lower triangle of [matrices, columns, columns]."""
-        count = shares.shape[1]
-        self._shares[:, :count, :count] = shares
-
-    def settle(self, i: int, column: Tensor) -> Tensor:
-        """Column i, [matrices, 1, rows], less what it owes: [matrices, rows], to be used before the next one."""
-        shares, lines = self._earlier[i]
-        torch.baddbmm(column, shares, lines, alpha=-1, out=self._value)
-        return self._settled

@@ -1,6 +1,6 @@
-"""Refinement of codes and scales in Gram space: no data is looked at again.
+"""Refinement in Gram space: codes and scales that lower tr((Q − W)·H·(Q − W)ᵀ) further, from the statistics alone.
 
-Both steps lower L = tr((Q − W)·H·(Q − W)ᵀ) or leave it, and both keep the stored format. Coordinate descent picks,
+GPTQ decides every code once, in one order. Written as L(Q) = Σ_rows (q − w)·H·(q − w)ᵀ, coordinate descent picks,
 column by column, the best code with all others fixed; the scale refit solves for the best scales with all codes
 fixed. L is the layer's squared output error, so a lower L is a better layer.
 """
@@ -9,91 +9,132 @@ import torch
 from torch import Tensor
 
 from llmpare.compress.grid import IntGrid
-from llmpare.compress.quantize import linalg
+from llmpare.compress.lines import Backlog, Lines, block, picked, place
 
-_BLOCK = 32  # columns looked at one by one before the gradient of all others is brought up to date
+_STRIPS = 8  # that a quadratic form is computed in, each up to the diagonal only: 9/16 of the full square
+_SMALLEST = 512  # columns; narrower strips do not keep a processor busy
 
 
 def loss(weight: Tensor, quantized: Tensor, gram: Tensor) -> Tensor:
     """L for every row: [..., rows]."""
-    miss = quantized - weight
-    return ((miss @ gram) * miss).sum(-1)
+    return energy(quantized - weight, gram)
 
 
-def coordinate_descent(
-    weight: Tensor,
-    gram: Tensor,
-    order: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    grid: IntGrid,
-    group_size: int,
-    sweeps: int,
-) -> Tensor:
-    """Better codes [matrices, rows, columns] for fixed scales; `sweeps` passes over the columns in the given order.
+def energy(weight: Tensor, gram: Tensor) -> Tensor:
+    """w·H·wᵀ for every row of weight [..., rows, columns], H symmetric: the mean square of what it puts out."""
+    columns = weight.shape[-1]
+    strip = max(_SMALLEST, -(-columns // _STRIPS))
+    total = weight.new_zeros(weight.shape[:-1])
+    for start in range(0, columns, strip):
+        here, part = weight[..., start : start + strip], slice(start, start + strip)
+        through = torch.matmul(here, gram[..., part, part])
+        if start:
+            through += 2 * (weight[..., :start] @ gram[..., :start, part])
+        total += through.mul_(here).sum(-1)
+    return total
 
-    Shapes are those of gptq.propagate. With G = (W − Q)·H, the best real value of column j is q_j + G_j / H_jj;
-    rounding it to the grid is optimal because L is a parabola in q_j. A change Δ of column j changes G by −Δ·H_j.
-    gram must have a positive diagonal.
+
+class Refinement:
+    """Codes and scales that are being bettered, columns in front of rows: [matrices, columns, rows].
+
+    What it holds beside them is the slope (W − Q)·H, which both steps start from and keep up to date.
     """
-    grids = grid.columns(order, scale, zero, group_size)
-    offset = zero.repeat_interleave(group_size, dim=2)
-    apart = codes - offset
-    missing = torch.addcmul(weight, apart, scale.repeat_interleave(group_size, dim=2), value=-1)
-    centred, missing = linalg.columns_first(apart, order), linalg.columns_first(missing, order)
-    gram = linalg.permuted(gram, order)
-    gradient = gram @ missing  # [matrices, columns, rows]
-    del missing
-    sharpness = 1 / gram.diagonal(dim1=1, dim2=2).unsqueeze(2)  # [matrices, columns, 1]
-    slopes, present = gradient.split(1, 1), centred.unbind(1)
-    moves, changes = torch.empty_like(gradient[:, :_BLOCK]), linalg.Backlog(gradient, _BLOCK)  # in codes, in weights
-    for _ in range(sweeps):
-        moved = torch.zeros((), device=weight.device)
-        for start in range(0, len(present), _BLOCK):
-            part = slice(start, min(start + _BLOCK, len(present)))
-            here, count = grids(part), part.stop - start
-            changes.begin(gram[:, part, part])
-            paces = (here.inverse * sharpness[:, part]).unbind(1)
-            lines = (slopes[part], present[part], moves.unbind(1), changes.each, paces)
-            steps = zip(*lines, here.each(), strict=False)
-            for i, (slope, code, move, change, pace, (size, _, low, high)) in enumerate(steps):
-                best = torch.addcmul(code, changes.settle(i, slope), pace, out=move)
-                torch.mul(best.round_().clamp_(low, high).sub_(code), size, out=change)
-            moved = torch.maximum(moved, moves[:, :count].abs().amax())
-            centred[:, part] += moves[:, :count]
-            gradient.baddbmm_(gram[:, :, part], changes.all[:, :count], alpha=-1)
-        if not moved:
-            break
-    return linalg.rows_first(centred, order).add_(offset)
 
+    def __init__(
+        self, weight: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, grid: IntGrid, group_size: int
+    ) -> None:
+        """weight, codes [matrices, rows, columns]; scale, zero [matrices, rows, groups].
 
-def refit_scales(weight: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, grid: IntGrid) -> Tensor:
-    """The scales [..., rows, groups] that minimise L for fixed codes: one small least-squares problem per row.
+        gram: H, [matrices, columns, columns], with a positive diagonal.
+        """
+        self._gram, self._grid, self._size = gram, grid, group_size
+        self._zero, self._scale = zero, scale.mT
+        self._offset = zero.mT.repeat_interleave(group_size, dim=1)
+        self._centred = codes.mT - self._offset  # codes minus zero points
+        self._slope = gram @ (weight.mT - self._quantized(self._scale))
 
-    With c_g the codes minus zero of group g (zero elsewhere), A_gk = c_gᵀ·H·c_k and b_g = c_gᵀ·H·w; s = A⁻¹·b.
-    Rows where rounding the result to the stored precision would not pay keep their scales.
-    """
-    groups = scale.shape[-1]
-    size = weight.shape[-1] // groups
-    centred = (codes.unflatten(-1, (groups, size)) - zero.unsqueeze(-1)).flatten(-2)
-    target = weight @ gram
-    matrix = weight.new_empty(*scale.shape, groups)
-    for g in range(groups):
-        part = slice(g * size, (g + 1) * size)
-        through = (centred[..., part] @ gram[..., part, :]).mul_(centred)  # [..., rows, columns]
-        matrix[..., g, :] = through.unflatten(-1, (groups, size)).sum(-1)
-    wanted = target.mul_(centred).unflatten(-1, (groups, size)).sum(-1)
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    empty = diagonal <= 0  # a group of zeros only: any scale does
-    diagonal.add_(diagonal.amax(-1, keepdim=True), alpha=1e-6)
-    diagonal.add_(empty)
-    solved = torch.linalg.solve(matrix, wanted)
-    solved = torch.where(empty | ~torch.isfinite(solved) | (solved == 0), scale, solved)
-    fitted = grid.round_scale(solved)
+    @property
+    def codes(self) -> Tensor:
+        """[matrices, rows, columns]."""
+        return (self._centred + self._offset).mT
 
-    def expand(s: Tensor) -> Tensor:
-        return s.repeat_interleave(size, dim=-1)
+    @property
+    def scale(self) -> Tensor:
+        """[matrices, rows, groups]."""
+        return self._scale.mT
 
-    worse = loss(weight, centred * expand(fitted), gram) > loss(weight, centred * expand(scale), gram)
-    return torch.where(worse.unsqueeze(-1), scale, fitted)
+    def descend(self, order: Tensor, sweeps: int) -> None:
+        """Better codes for these scales: `sweeps` passes over the columns in the order [matrices, columns].
+
+        The best real value of column j is q_j + G_j / H_jj with G = (W − Q)·H; rounding it to the grid is optimal
+        because L is a parabola in q_j. A change Δ of column j changes G by −Δ·H_j.
+        """
+        grids = self._grid.columns(order, self.scale, self._zero, self._size)
+        sharpness = 1 / self._gram.diagonal(dim1=1, dim2=2)
+        centred = picked(self._centred, order)
+        width = block(self._slope)
+        changes = Backlog(self._slope, width)  # of weights
+        moves, codes, scales, paces = (Lines(self._slope, width) for _ in range(4))
+        for _ in range(sweeps):
+            moved = torch.zeros((), device=self._slope.device)
+            for start in range(0, order.shape[1], width):
+                part = slice(start, min(start + width, order.shape[1]))
+                own, here, count = order[:, part], grids(part), part.stop - start
+                near = picked(self._gram, own)  # [matrices, count, columns]
+                changes.begin(picked(self._slope, own), picked(near.mT, own))
+                filled = (
+                    codes.fill(centred[:, part]),
+                    scales.fill(here.scale),
+                    paces.fill(sharpness.gather(1, own).unsqueeze(2) / here.scale),
+                )
+                lines = zip(moves.each, changes.lines.each, *filled, here.bounds(), strict=False)
+                for i, (move, change, code, size, pace, (low, high)) in zip(range(count), lines, strict=False):
+                    best = torch.addcmul(code, changes.settle(i), pace, out=move)
+                    torch.mul(best.round_().clamp_(low, high).sub_(code), size, out=change)
+                step = moves.all[:, :count]
+                moved = torch.maximum(moved, step.abs().amax())
+                centred[:, part] += step
+                self._slope.baddbmm_(near.mT, changes.lines.all[:, :count], alpha=-1)
+            if not moved:
+                break
+        place(self._centred, order, centred)
+
+    def refit(self) -> None:
+        """The scales that minimise L for these codes: one small least-squares problem per row.
+
+        With c_g the codes minus zero of group g (zero elsewhere), L changes by δᵀAδ − 2·δᵀb when the scales change by
+        δ, with A_gk = c_gᵀ·H·c_k and b_g = c_gᵀ·G. Rows where rounding the best scales to the stored precision would
+        not pay keep theirs.
+        """
+        matrix, wanted = self._curvature(), self._by_group(self._slope * self._centred).mT  # [matrices, rows, groups…]
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        empty = diagonal <= 0  # a group of zeros only: any scale does
+        regular = matrix.clone()
+        regular.diagonal(dim1=-2, dim2=-1).add_(diagonal.amax(-1, keepdim=True), alpha=1e-6).add_(empty)
+        best = self.scale + torch.linalg.solve(regular, wanted)
+        best = torch.where(empty | ~torch.isfinite(best) | (best == 0), self.scale, best)
+        change = self._grid.round_scale(best).sub_(self.scale)
+        gain = change * (2 * wanted - (matrix @ change.unsqueeze(-1)).squeeze(-1))
+        change.masked_fill_((gain.sum(-1) < 0).unsqueeze(-1), 0.0)
+        self._scale = (self.scale + change).mT
+        self._slope.baddbmm_(self._gram, self._quantized(change.mT), alpha=-1)
+
+    def _curvature(self) -> Tensor:
+        """A, [matrices, rows, groups, groups]."""
+        matrices, groups, rows = self._scale.shape
+        found, room = self._slope.new_empty(matrices, rows, groups, groups), torch.empty_like(self._slope)
+        for g in range(groups):
+            part, rest = slice(g * self._size, (g + 1) * self._size), slice(g * self._size, None)
+            through = torch.bmm(self._gram[:, rest, part], self._centred[:, part], out=room[:, rest])
+            found[..., g, g:] = found[..., g:, g] = self._by_group(through.mul_(self._centred[:, rest])).mT
+        return found
+
+    def _by_group(self, columns: Tensor) -> Tensor:
+        """Sums over the columns of every group: [matrices, groups, rows]."""
+        sums: Tensor = columns.unflatten(1, (-1, self._size)).sum(2)
+        return sums
+
+    def _quantized(self, scale: Tensor) -> Tensor:
+        """The weights [matrices, columns, rows] that the codes are under scales [matrices, groups, rows]."""
+        weights: Tensor = (self._centred.unflatten(1, (-1, self._size)) * scale.unsqueeze(2)).flatten(1, 2)
+        return weights

@@ -225,7 +225,7 @@ def test_rows_do_not_see_each_other() -> None:
     whole = solve(weight, Statistics(h), grid, 32)
     parts = [solve(part, Statistics(h), grid, 32) for part in weight.split(8)]
     together = torch.cat([part.weight() for part in parts])
-    assert (whole.weight() != together).float().mean() < 0.01
+    assert (~whole.weight().isclose(together, rtol=1e-4)).float().mean() < 0.01
     apart = sum(lost(part, each, h) for part, each in zip(weight.split(8), parts, strict=True))
     assert lost(weight, whole, h) == pytest.approx(apart, rel=0.02)
 

@@ -37,12 +37,19 @@ class Problem:
         miss = self.quantized(codes, scale) - self.weight.double()
         return torch.stack([row @ self.gram.double() @ row for row in miss])
 
+    def refinement(self, codes: Tensor, scale: Tensor) -> refine.Refinement:
+        one = (each.unsqueeze(0) for each in (self.weight, self.gram, codes, scale, self.zero))
+        return refine.Refinement(*one, self.grid, self.size)
+
     def descend(self, codes: Tensor, scale: Tensor, sweeps: int = 1) -> Tensor:
-        one = (each.unsqueeze(0) for each in (self.weight, self.gram, self.order, codes, scale, self.zero))
-        return refine.coordinate_descent(*one, self.grid, self.size, sweeps)[0]
+        found = self.refinement(codes, scale)
+        found.descend(self.order.unsqueeze(0), sweeps)
+        return found.codes[0]
 
     def refit(self, codes: Tensor, scale: Tensor) -> Tensor:
-        return refine.refit_scales(self.weight, self.gram, codes, scale, self.zero, self.grid)
+        found = self.refinement(codes, scale)
+        found.refit()
+        return found.scale[0]
 
 
 def test_loss_is_the_squared_error_of_the_output() -> None:
@@ -51,6 +58,14 @@ def test_loss_is_the_squared_error_of_the_output() -> None:
     expected = (x.double() @ (quantized - weight).double().t()).square().sum(0)
     torch.testing.assert_close(refine.loss(weight, quantized, x.t() @ x).double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(refine.loss(weight, weight, x.t() @ x), torch.zeros(4))
+
+
+def test_energy_is_that_of_the_output_whatever_strips_it_is_computed_in() -> None:
+    """1300 columns are two and a half strips."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 1300), torch.randn(2, 3, 1300)
+    expected = (weight.double() @ x.double().t()).square().sum(-1)
+    torch.testing.assert_close(refine.energy(weight, x.t() @ x).double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("bits", "size", "symmetric"), COMBINATIONS)
@@ -74,7 +89,7 @@ def test_a_sweep_takes_the_best_code_of_every_column_in_turn(bits: int, size: in
 
 
 def test_a_sweep_is_the_same_over_several_blocks_of_columns() -> None:
-    """300 columns are two and a third of the blocks in which the gradient is kept up to date at once."""
+    """300 columns are four and two thirds of the blocks in which the gradient is kept up to date at once."""
     p = Problem(0, IntGrid(3, True), rows=4, columns=300, size=100)
     after, now = p.descend(p.codes, p.scale), p.codes.clone()
     for j in p.order.tolist():
@@ -141,6 +156,20 @@ def test_refitted_scales_are_the_least_squares_solution(bits: int, size: int, sy
     assert (p.loss(p.codes, found) < p.loss(p.codes, start)).all()
 
 
+def test_the_steps_go_on_from_where_the_one_before_left_off() -> None:
+    """In one refinement, or each in one of its own from the codes and scales of the last."""
+    p = Problem(9, IntGrid(3, False, torch.bfloat16), rows=32)
+    together = p.refinement(p.codes, p.scale)
+    codes, scale = p.codes, p.scale
+    for _ in range(3):
+        together.refit()
+        together.descend(p.order.unsqueeze(0), 2)
+        scale = p.refit(codes, scale)
+        codes = p.descend(codes, scale, 2)
+    assert (together.codes[0] != codes).float().mean() < 0.01
+    torch.testing.assert_close(p.loss(together.codes[0], together.scale[0]), p.loss(codes, scale), rtol=1e-2, atol=0)
+
+
 def test_a_scale_may_change_its_sign() -> None:
     p = Problem(3, IntGrid(4, True))
     torch.testing.assert_close(p.refit(p.codes, -p.scale), p.refit(p.codes, p.scale), rtol=1e-4, atol=1e-6)
@@ -184,7 +213,10 @@ def test_two_groups_that_do_the_same_are_no_failure() -> None:
     scale, zero = grid.search(weight, None, 8)
     codes = grid.solved(weight, scale, zero).codes.float()
     gram = x.t() @ x / 100
-    found = refine.refit_scales(weight, gram, codes, scale * 1.2, zero, grid)
+    one = (each.unsqueeze(0) for each in (weight, gram, codes, scale * 1.2, zero))
+    refinement = refine.Refinement(*one, grid, 8)
+    refinement.refit()
+    found = refinement.scale[0]
     assert found.isfinite().all()
     torch.testing.assert_close(found.sum(1), scale.sum(1), rtol=0.05, atol=0)
 

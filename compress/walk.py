@@ -59,8 +59,7 @@ class Walk:
                 yield index, tensors
                 tensors = {}
                 self.skeleton.unload(index)
-                if not self._plan.needs.way.ready:
-                    memory.trim()
+                memory.trim()  # even where freed memory is kept: from block to block its pieces would become more
                 if more:
                     with self._clock.phase("read"):
                         tensors = self._load(coming.result() if coming is not None else self._read(names[index + 1]))

@@ -213,7 +213,7 @@ class Pass:
         self._models.output.skeleton.unload(place)  # what is restored goes to new tensors, these stay as they are
         self._restore(index)
         for name, parameter in block.named_parameters():
-            if not torch.equal(parameter, ran[name]):
+            if not torch.equal(parameter.to(ran[name].dtype), ran[name]):
                 raise OutputError(
                     f"block {index}: {name} in the output is not the weight that was computed",
                     "the disk or a bug of ours: verify the disk, then please report it",

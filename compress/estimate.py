@@ -29,7 +29,7 @@ _GRAMS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}  # numbers in the statistics 
 
 # Measured, and rounded up. What a solver holds at its peak, in float32: copies of the weights, of their Gram matrix,
 # and of those rows of the weights that it takes at once.
-_COPIES = {"rtn:solve_alike": (3, 0, 0), "gptq:solve_alike": (2, 1, 13)}
+_COPIES = {"rtn:solve_alike": (3, 0, 0), "gptq:solve_alike": (1.3, 1, 8)}
 _IDLE = 0.4  # of what a run takes lies idle between what is in use, if what was freed is kept
 _MOST_IDLE = 2**29  # bytes: where more would lie idle, blocks are so large that new memory costs little beside the work
 _ROWS_OF = 1 << 23  # weights that are taken at once on the CPU, by the solver and to measure errors
@@ -64,8 +64,8 @@ class Way:
     outside: embeddings and head stay loaded from beginning to end; else the head is read a second time. ahead: the next
     block is read while this one is worked on. kept: hidden states stay in the device's memory; else they are spilled.
     together: all windows wait inside a block while its linears are solved; else they pass through it once per input.
-    positions: whose logits exist at once, at most. ready: memory that was freed is kept for what comes next; else it is
-    given back to the system at once.
+    positions: whose logits exist at once, at most. ready: memory that is freed is kept for what comes next in
+    the same block; else it is given back to the system at once.
     """
 
     outside: bool = True
@@ -100,9 +100,9 @@ _WAYS = (
 class Needs:
     """Bytes by kind.
 
-    outside: embeddings, head and the like, of which `head` is all that scoring needs. block: the one that is worked on,
-    with what becomes of it. following: the next one, as it is read. statistics, solving: of its linears. forward: of
-    one batch of windows. spilled: of hidden states that are on their way from and to where they wait.
+    outside: embeddings, head and the like, of which `head` is all that scoring needs. entering: the first block, as it
+    is loaded. block: the one that is worked on, with what becomes of it. following: the next one, as it is read.
+    statistics, solving: of its linears. forward_per_token: of the windows that pass through a block at once.
     waiting_per_token: activations that every calibration token costs if all windows wait inside a block.
     stream_per_token: hidden states of every calibration token. watched: hidden states of the evaluation text, and what
     else stays from beginning to end. logits_per_position: of both models, and their scores. frugal: whether the
@@ -112,6 +112,7 @@ class Needs:
     process: int
     outside: int
     head: int
+    entering: int
     block: int
     following: int
     statistics: int
@@ -175,7 +176,7 @@ class Needs:
         streams = self._held(way)
         rest = max(0, self.outside - 2 * self.head)  # what is neither embeddings nor head stays where it is
         outside, following = self.outside if way.outside else rest, self.following if way.ahead else 0
-        entering = self.outside + self.block
+        entering = self.outside + self.entering
         working = (
             outside + following + self.block + max(self.statistics + self.solving + self._waiting(way), self._forward)
         )
@@ -215,7 +216,7 @@ class Work:
     its own, with other shapes. followed: tokens whose hidden states a survey holds.
     """
 
-    weights: int
+    weights: float
     grams: int
     rows: int = 0
     blocks: float = 2
@@ -242,7 +243,7 @@ def needs(
     correction = bool(dict(request.options).get("correction"))
     work = Work(
         *_COPIES[method.solver],
-        blocks=2 if tunes else 1.3,  # weights make room for what becomes of them, unless they are needed again
+        blocks=2 if tunes else 1.15,  # weights make room for what becomes of them, unless they are needed again
         linears=frozenset(linear for linear, scheme in schemes.items() if scheme is not None),
         tunes=tunes,
         dense_too=tunes or correction,
@@ -269,9 +270,12 @@ def needs_of(
     config = decoder_config(checkpoint.config)
     hidden = find(config, "hidden_size", "n_embd", "d_model", default=min(n.columns for n in layout.linears))
     vocabulary = find(config, "vocab_size", default=0)
-    narrow = {n for n in layout.outside if device == "cpu" and dtype == "F32" and tensors[n].shape[:1] == (vocabulary,)}
+    narrow = {n for n in layout.outside if tensors[n].shape[:1] == (vocabulary,)}
+    narrow |= {linear.weight for linear in layout.linears if linear.expert is None}
+    narrow &= tensors.keys() if device == "cpu" and dtype == "F32" else set()  # kept as they are stored: see Skeleton
     sizes = {n: tensors[n].nbytes if n in narrow else _loaded(tensors[n], size) for n in tensors}
-    blocks = [sum(sizes[name] for name in block) for block in layout.blocks]
+    loaded = [sum(sizes[name] for name in block) for block in layout.blocks]
+    blocks = [sum(max(sizes[n], tensors[n].numel * size) for n in block) for block in layout.blocks]
     treated = [[n for n in layout.of_block(i) if work.linears is None or n in work.linears] for i in range(len(blocks))]
     stacks = [each for linears in treated if (each := _stacks(linears, device))]
     text = request.calibration.dataset != NO_TEXT
@@ -289,6 +293,7 @@ def needs_of(
     found = Needs(
         process=process(),
         outside=sum(sizes[name] for name in layout.outside) * models,
+        entering=max(loaded) * models,
         head=max((sizes[name] for name in layout.outside), default=0),
         # experts are copied into their place, and what becomes of them waits until all of a block are done
         block=int(max(blocks) * (work.blocks + (2 if layout.experts else 0))) * models,
@@ -345,7 +350,7 @@ def _solving(rows: int, columns: int, count: int, work: Work, text: bool) -> int
     weights = count * rows * columns
     at_once = work.rows * min(weights, max(_ROWS_OF, columns))
     copies = work.grams + (2 if count > 1 and work.grams else 0)  # what is solved together lies in one piece
-    return 4 * (work.weights * weights + at_once + (copies * count * columns**2 if text else 0))
+    return 4 * (int(work.weights * weights) + at_once + (copies * count * columns**2 if text else 0))
 
 
 def _tuning(of_block: Sequence[Sequence[Linear]], bytes_: int) -> int:

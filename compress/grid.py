@@ -74,9 +74,9 @@ class Solved:
         grouped = self.codes.view(rows, self.scale.shape[1], -1).float()
         return grouped.sub_(self.zero.unsqueeze(-1)).mul_(self.scale.unsqueeze(-1)).view(rows, columns)
 
-    def rows(self, start: int, end: int) -> "Solved":
+    def rows(self, part: slice) -> "Solved":
         """The part that belongs to one of several linears solved as one stack."""
-        return Solved(self.codes[start:end], self.scale[start:end], self.zero[start:end], self.notes)
+        return Solved(self.codes[part], self.scale[part], self.zero[part], self.notes)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ no promise of stability; tests/compress/model/test_skeleton.py pins what they mu
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from llmpare.compress.checkpoint.files import clipped
 from llmpare.compress.errors import InputError, UnsupportedError
@@ -39,10 +41,6 @@ class Skeleton:
         self.model = _build(checkpoint, layout.architecture, dtype, trust)
         self.names, self.slots = _names(self.model, checkpoint, layout.architecture)
         self._kept = self.model._get_dtype_plan(dtype)  # what stays in float32 whatever the working dtype
-        # The largest tensors of all stay as they are stored: embeddings widen the rows that are looked up, and logits
-        # are made in float32 from any head.
-        large = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-        self._narrow = [module for module in large if isinstance(module, nn.Embedding | nn.Linear)]
         self._fused = {linear.tensor for linear in layout.experts if linear.expert and linear.expert.fused}
         self._extra = [
             name.removesuffix(".weight")
@@ -59,9 +57,13 @@ class Skeleton:
                 buffer.data = buffer.data.to(device)
         self._tied = False
         self._check_linears(layout)
+        self._narrow = self._kept_narrow(layout) if dtype == torch.float32 and device.type == "cpu" else set()
 
     def place(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts tensors, by checkpoint name, where they belong, in the working dtype and on the device."""
+        """Puts tensors, by checkpoint name, where they belong, in the working dtype and on the device.
+
+        On the CPU in float32, which may be wider than what is stored, linears and embeddings keep their weights so.
+        """
         for name, tensor in tensors.items():
             if name in self.slots:
                 self._fill(self.slots[name], tensor)
@@ -72,7 +74,7 @@ class Skeleton:
             owner, _, leaf = target.rpartition(".")
             module = self.model.get_submodule(owner)
             dtype = self._dtype(target) if tensor.is_floating_point() else None
-            if dtype == torch.float32 and self.device.type == "cpu" and leaf == "weight" and module in self._narrow:
+            if leaf == "weight" and id(module) in self._narrow:
                 dtype = None
             value = tensor.to(self.device, dtype, copy=name in self._fused)  # single experts are written to
             if leaf in module._buffers:
@@ -84,7 +86,7 @@ class Skeleton:
         """Puts a weight [rows, columns] where the linear's own is, in the working dtype."""
         weight = weight.t().contiguous() if linear.transposed else weight
         if linear.tensor == linear.weight:
-            self.place({linear.weight: weight})
+            self.place({linear.weight: weight.to(self.dtype)})
         else:
             self._fill(self._slot(linear), weight)
 
@@ -205,6 +207,19 @@ class Skeleton:
         """The module of a linear, by its checkpoint name."""
         return self.model.get_submodule(self.names[f"{linear}.weight"].removesuffix(".weight"))
 
+    def _kept_narrow(self, layout: Layout) -> set[int]:
+        """The modules, by identity, whose weights stay as they are stored until they are needed in float32.
+
+        Embeddings widen the rows that are looked up, linears their weights when they are called, and logits are made in
+        float32 from any head.
+        """
+        linears = [self.module(linear.name) for linear in layout.linears if linear.expert is None]
+        plain = [module for module in linears if type(module) is nn.Linear]
+        for module in plain:
+            module.forward = MethodType(_widened, module)  # type: ignore[method-assign]
+        large = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        return {id(module) for module in (*plain, *large) if isinstance(module, nn.Embedding | nn.Linear)}
+
     def _check_linears(self, layout: Layout) -> None:
         """What the headers look like must be what the model is; a wrong guess must not reach the maths."""
         for linear in layout.linears:
@@ -229,6 +244,11 @@ class Skeleton:
         why = self.mixtures([linear])[0].misfit(linear, self._slot(linear))
         if why:
             raise _unsupported(architecture, why)
+
+
+def _widened(linear: nn.Linear, x: Tensor) -> Tensor:
+    """The forward of a linear whose weight may be kept in less than the working precision."""
+    return functional.linear(x, linear.weight.to(x.dtype), linear.bias)
 
 
 def _unload(module: nn.Module, name: str) -> None:

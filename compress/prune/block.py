@@ -141,7 +141,7 @@ class MaskBlocks:
         pruned.notes += solved.notes
         tensors, start = {}, 0
         for linear in stack:
-            tensors[linear] = self._plan.format.encode(linear, scheme, solved.rows(start, start + linear.rows))
+            tensors[linear] = self._plan.format.encode(linear, scheme, solved.rows(slice(start, start + linear.rows)))
             start += linear.rows
         return tensors
 

@@ -121,17 +121,26 @@ class QuantizeBlocks:
         first = stacks[0][0][0]
         scheme, grid = self._plan.quantized[first], self._grid(first)
         size = first.columns if scheme.group_size == PER_CHANNEL else scheme.group_size
-        weights = [[self._linears.weight(linear, source) for linear in stack] for stack, _ in stacks]
-        wholes = [torch.cat(each) if len(each) > 1 else each[0] for each in weights]
+        weights = [self._stacked(stack, source) for stack, _ in stacks]
         known = [statistics for _, statistics in stacks]
-        results = self._solver(wholes, known, grid, size, **self._solver_options)
-        for (stack, statistics), originals, result in zip(stacks, weights, results, strict=True):
+        results = self._solver(weights, known, grid, size, **self._solver_options)
+        for (stack, statistics), weight, result in zip(stacks, weights, results, strict=True):
             start = 0
-            for linear, weight in zip(stack, originals, strict=True):
-                part = result.rows(start, start + linear.rows)
-                solved[linear.name] = part
-                errors[linear.name] = relative_error(weight, part.weight(), statistics)
-                start += linear.rows
+            for linear in stack:
+                rows = slice(start, start + linear.rows)
+                part = solved[linear.name] = result.rows(rows)
+                errors[linear.name] = relative_error(weight[rows], part.weight(), statistics)
+                start = rows.stop
+
+    def _stacked(self, linears: Sequence[Linear], source: Mapping[str, Tensor]) -> Tensor:
+        """The weights of linears as one matrix [rows of all, columns], and no second copy of it."""
+        if len(linears) == 1:
+            return self._linears.weight(linears[0], source)
+        rows = [linear.rows for linear in linears]
+        whole = torch.empty(sum(rows), linears[0].columns, device=self._linears.device)
+        for linear, part in zip(linears, whole.split(rows), strict=True):
+            part.copy_(self._linears.weight(linear, source))
+        return whole
 
     def _tune(
         self,

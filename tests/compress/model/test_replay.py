@@ -117,6 +117,19 @@ def test_half_precision_runs_in_float32(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(logits, float32_logits(reference, ids), rtol=0, atol=1e-5)
 
 
+def test_linears_widen_their_weights_when_they_are_called(tmp_path: Path) -> None:
+    """A block takes the memory that it takes on disk; what is put in place of a weight is kept in full."""
+    folder = write(tmp_path, "llama", dtype=torch.bfloat16)
+    with streaming(folder, torch.float32) as (_, made, checkpoint):
+        source = read(checkpoint, layout(checkpoint).blocks[0])
+        made.place(source)
+        for linear in layout(checkpoint).of_block(0):
+            stored = made.module(linear.name).weight
+            assert stored.data_ptr() == source[linear.weight].data_ptr()
+            made.put(linear, stored.float() * 1.001)
+            assert torch.equal(made.module(linear.name).weight, stored.float() * 1.001)
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3_text", "phi3"])
 def test_sliding_windows_are_replayed(family: str, tmp_path: Path) -> None:
     """The models above are such that it shows: without its window, the model says something else."""
@@ -171,8 +184,10 @@ def test_weights_in_place_of_the_block_s_own(family: str, tmp_path: Path) -> Non
 def test_nothing_is_left_on_the_model(tmp_path: Path) -> None:
     with streaming(write(tmp_path, "llama")) as (replay, made, checkpoint):
         ids = tokens(1, 8)
+        before = [vars(module).get("forward") for module in made.model.modules()]
         replay.logits(ids, replay.embed(ids), 0, 8)
-        assert not any("forward" in vars(module) or module._forward_hooks for module in made.model.modules())
+        assert [vars(module).get("forward") for module in made.model.modules()] == before
+        assert not any(module._forward_hooks for module in made.model.modules())
         made.place(read(checkpoint, layout(checkpoint).blocks[1]))
         assert torch.equal(made.model(ids).logits, load(tmp_path)(ids).logits)
 

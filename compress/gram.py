@@ -14,7 +14,7 @@ from llmpare.compress.grid import Statistics
 from llmpare.compress.hooks import before
 
 _STRIPS = 8  # that H is computed in, each up to the diagonal only: 9/16 of the full square
-_SMALLEST = 256  # columns; narrower strips do not keep a processor busy
+_SMALLEST = 128  # columns; narrower strips do not keep a processor busy
 
 
 class Gram:

@@ -114,10 +114,11 @@ DISTILL = "llmpare.compress.distill"
 ALGORITHMS = (
     f"{DISTILL}.losses",
     "llmpare.compress.grid",
+    "llmpare.compress.lines",
     *(f"{QUANTIZE}.{name}" for name in sorted({*NAMED, "linalg", "refine"})),
     *(f"{PRUNE}.{name}" for name in sorted(MASKS)),
 )
-MATHS = ("torch", "math", "collections", "dataclasses", "typing")
+MATHS = ("torch", "math", "collections", "dataclasses", "itertools", "typing")
 
 
 @pytest.mark.parametrize("module", ALGORITHMS)

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--memory", default="4GB")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--dtype", default="auto", help="float32 takes 5GB, half precision 4GB")
+    parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
     args.hidden, args.ffn, args.vocabulary = 4096, 14336, 128256
     model, text = args.folder / f"model-{args.blocks}", args.folder / "windows.jsonl"

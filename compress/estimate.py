@@ -29,7 +29,7 @@ _GRAMS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}  # numbers in the statistics 
 
 # Measured, and rounded up. What a solver holds at its peak, in float32: copies of the weights, of their Gram matrix,
 # and of those rows of the weights that it takes at once.
-_COPIES = {"rtn:solve_alike": (3, 0, 0), "gptq:solve_alike": (1.3, 1, 8)}
+_COPIES = {"rtn:solve_alike": (3, 0, 0), "gptq:solve_alike": (1.3, 1, 9)}
 _IDLE = 0.4  # of what a run takes lies idle between what is in use, if what was freed is kept
 _MOST_IDLE = 2**29  # bytes: where more would lie idle, blocks are so large that new memory costs little beside the work
 _ROWS_OF = 1 << 23  # weights that are taken at once on the CPU, by the solver and to measure errors

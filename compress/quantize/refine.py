@@ -50,8 +50,8 @@ class Refinement:
         self._gram, self._grid, self._size = gram, grid, group_size
         self._zero, self._scale = zero, scale.mT
         self._offset = zero.mT.repeat_interleave(group_size, dim=1)
-        self._centred = codes.mT - self._offset  # codes minus zero points
-        self._slope = gram @ (weight.mT - self._quantized(self._scale))
+        self._centred = codes.mT.contiguous() - self._offset  # codes minus zero points
+        self._slope = gram @ self._quantized(self._scale).neg_().add_(weight.mT)
 
     @property
     def codes(self) -> Tensor:
@@ -113,11 +113,12 @@ class Refinement:
         regular.diagonal(dim1=-2, dim2=-1).add_(diagonal.amax(-1, keepdim=True), alpha=1e-6).add_(empty)
         best = self.scale + torch.linalg.solve(regular, wanted)
         best = torch.where(empty | ~torch.isfinite(best) | (best == 0), self.scale, best)
-        change = self._grid.round_scale(best).sub_(self.scale)
+        fitted = self._grid.round_scale(best)
+        change = fitted - self.scale
         gain = change * (2 * wanted - (matrix @ change.unsqueeze(-1)).squeeze(-1))
-        change.masked_fill_((gain.sum(-1) < 0).unsqueeze(-1), 0.0)
-        self._scale = (self.scale + change).mT
-        self._slope.baddbmm_(self._gram, self._quantized(change.mT), alpha=-1)
+        worse = gain.sum(-1, keepdim=True) < 0
+        self._slope.baddbmm_(self._gram, self._quantized(change.masked_fill_(worse, 0.0).mT), alpha=-1)
+        self._scale = torch.where(worse, self.scale, fitted).mT
 
     def _curvature(self) -> Tensor:
         """A, [matrices, rows, groups, groups]."""

@@ -50,22 +50,23 @@ class Backlog:
     """What the columns of a block owe to those before them, for loops that deal with one column of all rows at a time.
 
     Column i is first reduced by Σ_{j<i} share_ij · line_j, j being the earlier columns of the block: one product for
-    each, instead of one for every pair. lines: of all columns, which the loop fills one by one.
+    each, instead of one for every pair. lines: of all columns, which the loop fills one by one. columns: what is left
+    of the block's own.
     """
 
     def __init__(self, like: Tensor, size: int) -> None:
         """For blocks of at most `size` columns of [matrices, columns, rows]."""
-        self.lines, self._columns = Lines(like, size), Lines(like, size)
+        self.lines, self.columns = Lines(like, size), Lines(like, size)
         self._shares = like.new_empty(len(like), size, size)
-        columns = self._columns.all.split(1, 1)
+        columns = self.columns.all.split(1, 1)
         self._terms = [(columns[i], self._shares[:, i : i + 1, :i], self.lines.all[:, :i]) for i in range(size)]
 
     def begin(self, columns: Tensor, shares: Tensor) -> None:
         """A block of columns [matrices, count, rows], whose shares are the lower triangle of [matrices, count, count].
 
-        The columns themselves are left alone.
+        They are copied.
         """
-        self._columns.fill(columns)
+        self.columns.fill(columns)
         count = shares.shape[1]
         self._shares[:, :count, :count] = shares
 
@@ -73,4 +74,4 @@ class Backlog:
         """Column i less what it owes: [matrices, rows]."""
         column, shares, lines = self._terms[i]
         column.baddbmm_(shares, lines, alpha=-1)
-        return self._columns.each[i]
+        return self.columns.each[i]

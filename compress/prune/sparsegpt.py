@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmpare.compress.grid import Statistics
+from llmpare.compress.lines import Backlog, Lines
 from llmpare.compress.prune import wanda
 from llmpare.compress.prune.masks import Quota
 from llmpare.compress.prune.pruned import Pruned, raised
@@ -35,21 +36,23 @@ def propagate(weight: Tensor, factor: Tensor, quota: Quota) -> tuple[Tensor, Ten
     weight [rows, columns], dead columns already zero; factor: R, upper triangular. For each column i that loses
     weights, e = w_i/R_ii where they go, and every later column j gets w_j −= e·R_ij.
     """
-    pending = weight.t().contiguous()  # [columns, rows]: one contiguous row per step
+    pending = weight.t().contiguous().unsqueeze(0)  # [1, columns, rows]
     keep = torch.empty_like(weight, dtype=torch.bool)
-    size, columns = quota.block(_BLOCK), len(pending)
-    errors = torch.empty_like(pending[:size])
+    size, columns = quota.block(_BLOCK), len(factor)
+    errors, leaving = Backlog(pending, size), Lines(keep.t().unsqueeze(0), size)
     diagonal = factor.diagonal()
     sharpness = (1 / diagonal).tolist()
     for start in range(0, columns, size):
-        end = min(start + size, columns)
-        block, local = pending[start:end], factor[start:end, start:end].t().contiguous()
-        mask = quota.keep((block / diagonal[start:end, None]).square_().t())
-        keep[:, start:end] = mask
-        leaving = ~mask.t().contiguous()
-        for i, (column, gone, error) in enumerate(zip(block, leaving, errors, strict=False)):
-            column.addmv_(errors[:i].t(), local[i, :i], alpha=-1)  # what this block has left to absorb
-            torch.mul(column, gone, out=error).mul_(sharpness[start + i])
+        part = slice(start, min(start + size, columns))
+        mask = quota.keep((pending[0, part] / diagonal[part, None]).square_().t())
+        keep[:, part] = mask
+        errors.begin(pending[:, part], factor[part, part].t().unsqueeze(0))
+        lines = zip(sharpness[part], errors.lines.each, leaving.fill(~mask.t().unsqueeze(0)), strict=False)
+        for i, (sharp, error, gone) in enumerate(lines):
+            column = errors.settle(i)
+            torch.mul(column, gone, out=error).mul_(sharp)
             column.masked_fill_(gone, 0.0)
-        pending[end:].addmm_(factor[start:end, end:].t(), errors[: end - start], alpha=-1)
-    return pending.t().contiguous(), keep
+        count = part.stop - start
+        pending[:, part] = errors.columns.all[:, :count]
+        pending[0, part.stop :].addmm_(factor[part, part.stop :].t(), errors.lines.all[0, :count], alpha=-1)
+    return pending[0].t().contiguous(), keep

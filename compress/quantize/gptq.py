@@ -130,7 +130,7 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
 
 
 _LINE = 16  # float32 numbers in a cache line
-_WEIGHTS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}  # a dozen float32 copies of them are alive
+_WEIGHTS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}  # up to nine float32 copies of them are alive
 
 
 def rows_at_once(weight: Tensor) -> int:

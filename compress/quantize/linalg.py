@@ -37,12 +37,10 @@ def _damped_diagonal(gram: Tensor, damping: float) -> Tensor:
 
 
 def permuted(matrix: Tensor, order: Tensor) -> Tensor:
-    """matrix[order][:, order], with nothing of its size besides the result; both may be [matrices, …]."""
+    """matrix[order][:, order], with nothing of its size besides the result."""
     found = torch.empty_like(matrix, memory_format=torch.contiguous_format)
-    several = (found, matrix, order) if matrix.dim() == 3 else ([found], [matrix], [order])
-    for out, each, own in zip(*several, strict=True):
-        for start in range(0, len(own), _PANEL):
-            out[start : start + _PANEL] = each[own[start : start + _PANEL]][:, own]
+    for start in range(0, len(order), _PANEL):
+        found[start : start + _PANEL] = matrix[order[start : start + _PANEL]][:, order]
     return found
 
 

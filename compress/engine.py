@@ -251,7 +251,7 @@ class Pass:
             self._progress.warn(message)
         for unit, record in list(self._journal.done.items()):
             for name, digest in record["sha256"].items():
-                if hashlib.sha256(self._writer.read(name)).hexdigest() != digest:
+                if self._writer.digest(name) != digest:
                     self._progress.warn(f"{unit} failed its checksum, redoing")
                     self._journal.forget(unit)
                     break

@@ -95,6 +95,14 @@ def read_at(fd: int, offset: int, size: int, path: Path) -> bytearray:
     return data
 
 
+def sha256_at(fd: int, offset: int, size: int, path: Path) -> str:
+    """The sha256 of what `read_at` reads, in hexadecimal, without holding more than a piece of it."""
+    digest = hashlib.sha256()
+    for start in range(0, size, CHUNK):
+        digest.update(read_at(fd, offset + start, min(CHUNK, size - start), path))
+    return digest.hexdigest()
+
+
 def sha256_file(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     with opened(path) as fd, reading(path), open(fd, "rb", buffering=0, closefd=False) as file:

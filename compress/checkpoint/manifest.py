@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmpare.compress.checkpoint.files import opened, parse_json, read_at, read_file, reading, sha256_file, shown
+from llmpare.compress.checkpoint.files import opened, parse_json, read_file, reading, sha256_at, sha256_file, shown
 from llmpare.compress.checkpoint.header import read_header
 from llmpare.compress.checkpoint.journal import canonical
 from llmpare.compress.errors import InputError
@@ -105,8 +105,7 @@ def _damaged_part(path: Path, tensors: Mapping[str, str]) -> str:
         except InputError:
             return " in its header"
         for tensor in layout:
-            data = read_at(fd, tensor.start, tensor.nbytes, path)
-            if hashlib.sha256(data).hexdigest() != tensors.get(tensor.name):
+            if sha256_at(fd, tensor.start, tensor.nbytes, path) != tensors.get(tensor.name):
                 return f" in tensor {shown(tensor.name)}"
     return " in its header"
 

@@ -20,6 +20,7 @@ from llmpare.compress.checkpoint.files import (
     allocate,
     create,
     read_at,
+    sha256_at,
     shown,
     sync_folder,
     write_at,
@@ -121,6 +122,11 @@ class CheckpointWriter:
         """The bytes in the place of one tensor."""
         place = self._places[name]
         return read_at(place.shard.fd, place.offset, place.size, place.shard.path)
+
+    def digest(self, name: str) -> str:
+        """The sha256 of those bytes, in hexadecimal; large tensors never are in memory as a whole."""
+        place = self._places[name]
+        return sha256_at(place.shard.fd, place.offset, place.size, place.shard.path)
 
     def sync(self) -> None:
         """Makes all that was written so far durable."""

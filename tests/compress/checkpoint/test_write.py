@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import struct
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from llmpare.compress.checkpoint.files import CHUNK
 from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.checkpoint.write import CheckpointWriter, TensorSpec, weight_files
 from llmpare.compress.errors import OutputError
@@ -216,6 +218,22 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
         assert writer.read("layer.codes") == content(SPECS[1])
         assert writer.read("layer.scale") == bytes(4)
     assert {path.name: path.stat().st_ino for path in tmp_path.glob("*.safetensors")} == inodes
+
+
+def test_digests_are_of_what_is_there_and_take_no_memory(tmp_path: Path) -> None:
+    """Of several pieces, the last one short; a resumed run asks for them while the largest tensors are in memory."""
+    spec = TensorSpec("large", "U8", (10 * CHUNK + 3,))
+    content = np.random.default_rng(0).bytes(spec.nbytes)
+    with CheckpointWriter(tmp_path, [spec]) as writer:
+        written = writer.write("large", content)
+        tracemalloc.start()
+        try:
+            assert writer.digest("large") == written == sha256(content).hexdigest()
+            assert tracemalloc.get_traced_memory()[1] < 4 * CHUNK
+        finally:
+            tracemalloc.stop()
+        writer.write("large", content[:-1] + bytes([content[-1] ^ 1]))
+        assert writer.digest("large") != written
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "header", "longer"])

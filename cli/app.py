@@ -87,8 +87,12 @@ def quantize(
     request = requests.quantize_request(chosen)
     if chosen.get("dry-run"):
         _show_plan(output, request)
-    else:
-        _show_report(output, request.out, _run(output, request))
+        return
+    with Watcher(output) as watcher:
+        from llmpare.compress.run import run_quantize
+
+        report = run_quantize(request, watcher)
+    _show_report(output, request.out, report)
 
 
 @app.command()
@@ -184,14 +188,10 @@ def prune(
         planned = plan_prune(request)
         output.lines(planned.lines(), planned.to_json())
         return
-    watcher = Watcher(output)
-    watcher.phase("starting")  # importing the engine imports torch, which takes seconds
-    try:
+    with Watcher(output) as watcher:
         from llmpare.compress.run import run_prune
 
         report = run_prune(request, watcher)
-    finally:
-        watcher.done()
     _show_report(output, request.out, report)
 
 
@@ -260,14 +260,10 @@ def distill(
         planned = plan_distill(request)
         output.lines(planned.lines(), planned.to_json())
         return
-    watcher = Watcher(output)
-    watcher.phase("starting")  # importing the engine imports torch, which takes seconds
-    try:
+    with Watcher(output) as watcher:
         from llmpare.compress.distill.run import run_distill
 
         report = run_distill(request, watcher)
-    finally:
-        watcher.done()
     if report is not None:  # of several processes the first alone has one
         _show_report(output, request.out, report)
 
@@ -318,14 +314,10 @@ def evaluate(
     """Measure what each MODEL lost and gained: accuracy, speed and size, against the original if one is named."""
     output, chosen = _begin(ctx, settings.EVALUATE)
     request = requests.evaluate_request(chosen)
-    watcher = Watcher(output)
-    watcher.phase("starting")  # importing the engine imports torch, which takes seconds
-    try:
+    with Watcher(output) as watcher:
         from llmpare.compress.evaluate.run import run_evaluate
 
         report = run_evaluate(request, watcher)
-    finally:
-        watcher.done()
     _show_report(output, request.out, report)
 
 
@@ -376,17 +368,6 @@ def _show_plan(output: Output, request: QuantizeRequest) -> None:
 
     planned = plan_quantize(request)
     output.lines(planned.lines(), planned.to_json())
-
-
-def _run(output: Output, request: QuantizeRequest) -> dict[str, Any]:
-    watcher = Watcher(output)
-    watcher.phase("starting")  # importing the engine imports torch, which takes seconds
-    try:
-        from llmpare.compress.run import run_quantize
-
-        return run_quantize(request, watcher)
-    finally:
-        watcher.done()
 
 
 def _show_report(output: Output, out: Path | None, report: dict[str, Any]) -> None:

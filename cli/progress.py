@@ -2,13 +2,18 @@
 
 import time
 from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Self
 
 from llmpare.cli.output import Output
 from llmpare.compress.report import show
 
 
 class Watcher:
-    """A compress.progress.Progress that shows itself through an Output. clock: seconds from any start."""
+    """A compress.progress.Progress that shows itself through an Output, and leaves no live line behind.
+
+    clock: seconds from any start.
+    """
 
     def __init__(self, output: Output, clock: Callable[[], float] = time.monotonic) -> None:
         self._output = output
@@ -36,7 +41,13 @@ class Watcher:
     def warn(self, message: str) -> None:
         self._output.warn(message)
 
-    def done(self) -> None:
+    def __enter__(self) -> Self:
+        self.phase("starting")  # importing the engine imports torch, which takes seconds
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._output.clear_status()
 
     def _show(self, text: str) -> None:

@@ -19,9 +19,6 @@ class Progress(Protocol):
     def warn(self, message: str) -> None:
         """Something the user should know although the run goes on."""
 
-    def done(self) -> None:
-        """The run is over, well or not; nothing more will be reported."""
-
 
 class Silent:
     """A Progress for library use and tests: nobody is watching."""
@@ -36,7 +33,4 @@ class Silent:
         pass
 
     def warn(self, message: str) -> None:
-        pass
-
-    def done(self) -> None:
         pass

@@ -26,7 +26,6 @@ def finish(request: QuantizeRequest, progress: Progress) -> dict[str, Any]:
     for index in range(3):
         progress.block(index, 3, {"relative_error": 0.00123, "seconds": 0.5})
     progress.warn(f"odd name {NOISE}")
-    progress.done()
     return report
 
 

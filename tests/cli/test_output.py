@@ -126,8 +126,14 @@ def test_a_warning_clears_the_live_line_first() -> None:
     watcher = Watcher(output)
     watcher.phase("loading")
     watcher.warn("odd")
-    watcher.done()
     assert terminal.getvalue() == "\r\x1b[Kloading\r\x1b[Kwarning: odd\n"
+
+
+def test_a_run_leaves_no_live_line_behind() -> None:
+    _, _, output, terminal = plain_and_terminal()
+    with Watcher(output) as watcher:
+        watcher.phase("loading")
+    assert terminal.getvalue() == "\r\x1b[Kstarting\r\x1b[Kloading\r\x1b[K"
 
 
 def test_the_time_left_is_only_guessed_on_a_terminal() -> None:

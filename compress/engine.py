@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llmpare.compress.batches import logit_tokens
 from llmpare.compress.checkpoint.journal import Journal
 from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.checkpoint.tensors import to_bytes, to_tensor
 from llmpare.compress.checkpoint.write import CheckpointWriter
 from llmpare.compress.clock import Clock
 from llmpare.compress.errors import InputError, OutputError
-from llmpare.compress.estimate import logit_tokens
 from llmpare.compress.evaluate.fidelity import Scores, score
 from llmpare.compress.model.models import Models
 from llmpare.compress.planning import Plan

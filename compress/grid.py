@@ -8,7 +8,7 @@ so scale and zero are [rows, groups]. Codes are integers 0 … 2^bits − 1 held
 them. A weight is (code − zero) · scale.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
@@ -74,9 +74,10 @@ class Solved:
         grouped = self.codes.view(rows, self.scale.shape[1], -1).float()
         return grouped.sub_(self.zero.unsqueeze(-1)).mul_(self.scale.unsqueeze(-1)).view(rows, columns)
 
-    def rows(self, part: slice) -> "Solved":
-        """The part that belongs to one of several linears solved as one stack."""
-        return Solved(self.codes[part], self.scale[part], self.zero[part], self.notes)
+    def split(self, rows: Sequence[int]) -> "list[Solved]":
+        """The parts that belong to linears of so many rows each, which were solved as one stack."""
+        parts = zip(self.codes.split(rows), self.scale.split(rows), self.zero.split(rows), strict=True)
+        return [Solved(*part, self.notes) for part in parts]
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from llmpare.compress.checkpoint import locate
 from llmpare.compress.checkpoint.read import DENSE, Checkpoint
 from llmpare.compress.checkpoint.write import TensorSpec, weight_files
 from llmpare.compress.errors import InputError, UsageError
-from llmpare.compress.estimate import Needs
 from llmpare.compress.formats.source import open_source
 from llmpare.compress.model.layout import Layout, Linear, decoder_config, find, layout
+from llmpare.compress.needs import Needs
 from llmpare.compress.request import RunRequest
 
 

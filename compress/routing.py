@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llmpare.compress.estimate import experts_at_once
+from llmpare.compress.batches import experts_at_once
 from llmpare.compress.gram import Gram
 from llmpare.compress.grid import Statistics
 from llmpare.compress.model.experts import Routed

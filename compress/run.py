@@ -23,6 +23,7 @@ import transformers
 from torch import Tensor
 
 from llmpare.compress import devices, memory
+from llmpare.compress.batches import batch_tokens
 from llmpare.compress.checkpoint import publish
 from llmpare.compress.checkpoint.journal import Journal
 from llmpare.compress.checkpoint.read import CONFIG, DENSE, Checkpoint
@@ -32,7 +33,6 @@ from llmpare.compress.clock import Clock
 from llmpare.compress.command import Command
 from llmpare.compress.engine import OUTSIDE, Pass, Streams
 from llmpare.compress.errors import InputError, MemoryLimitError
-from llmpare.compress.estimate import batch_tokens
 from llmpare.compress.evaluate import fidelity
 from llmpare.compress.formats.source import open_source
 from llmpare.compress.model.models import Model, Models, Sketch

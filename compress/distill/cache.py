@@ -16,13 +16,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from llmpare.compress import devices
+from llmpare.compress.batches import logit_tokens
 from llmpare.compress.checkpoint import publish
 from llmpare.compress.checkpoint.files import clipped, sha256_file, shown, write_file
 from llmpare.compress.checkpoint.journal import Journal, canonical
 from llmpare.compress.checkpoint.manifest import read_manifest
 from llmpare.compress.distill import topk
 from llmpare.compress.errors import InputError, MemoryLimitError
-from llmpare.compress.estimate import logit_tokens
 from llmpare.compress.evaluate.models import digest
 from llmpare.compress.evaluate.stream import Setup, chunks, read
 from llmpare.compress.formats.decoded import DenseSource, open_dense

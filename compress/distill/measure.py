@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from llmpare.compress import devices, hardware
+from llmpare.compress.batches import batch_tokens
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
 from llmpare.compress.distill import confidence, drafting
 from llmpare.compress.distill.plan import DistillPlan
 from llmpare.compress.errors import MemoryLimitError
-from llmpare.compress.estimate import batch_tokens
 from llmpare.compress.evaluate import compare, fidelity
 from llmpare.compress.evaluate.models import Subject
 from llmpare.compress.evaluate.stream import Reader, Setup, read

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmpare.compress import hardware
+from llmpare.compress.batches import batch_tokens
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
 from llmpare.compress.distill import cache, lora, losses, output, rounding
@@ -23,7 +24,6 @@ from llmpare.compress.distill.targets import Extension, Teacher
 from llmpare.compress.distill.teachers import LiveTeacher, TextAlone
 from llmpare.compress.distill.train import Training
 from llmpare.compress.errors import InputError
-from llmpare.compress.estimate import batch_tokens
 from llmpare.compress.evaluate.stream import Setup
 from llmpare.compress.evaluate.vocabulary import require_same
 from llmpare.compress.formats.decoded import DenseSource

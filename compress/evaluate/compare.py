@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from llmpare.compress.batches import logit_tokens
 from llmpare.compress.errors import InputError
-from llmpare.compress.estimate import logit_tokens
 from llmpare.compress.evaluate import baseline, fidelity
 from llmpare.compress.evaluate.baseline import Saved, Saver, TopK
 from llmpare.compress.evaluate.fidelity import Scores

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmpare.compress import memory
+from llmpare.compress.batches import batch_tokens, logit_tokens
 from llmpare.compress.checkpoint.header import tensor_bytes
 from llmpare.compress.errors import MemoryLimitError, UnsupportedError
-from llmpare.compress.estimate import batch_tokens, logit_tokens, process
+from llmpare.compress.estimate import process
 from llmpare.compress.evaluate.models import Subject
 from llmpare.compress.model.layout import decoder_config, find, layout
 

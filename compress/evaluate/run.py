@@ -13,10 +13,10 @@ import torch
 import transformers
 
 from llmpare.compress import devices, hardware
+from llmpare.compress.batches import batch_tokens
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
 from llmpare.compress.errors import InputError, MemoryLimitError, UsageError
-from llmpare.compress.estimate import batch_tokens
 from llmpare.compress.evaluate import compare, estimate, extras, fidelity, publish, sections, text, vocabulary, worst
 from llmpare.compress.evaluate.baseline import Saved, Saver, is_saved
 from llmpare.compress.evaluate.fidelity import Scores

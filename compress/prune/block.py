@@ -92,9 +92,9 @@ class MaskBlocks:
     ) -> dict[Linear, _Made]:
         """Linears that read the same input, solved as one matrix."""
         weight = torch.cat([self._linears.weight(linear, source) for linear in stack])
-        pattern = self._plan.request.pattern
+        rows, pattern = [linear.rows for linear in stack], self._plan.request.pattern
         quota = Quota(
-            [linear.rows for linear in stack],
+            rows,
             [self._plan.sparsity[linear] for linear in stack],
             (pattern.kept, pattern.of) if pattern and self._plan.request.sparsity else None,
         )
@@ -104,9 +104,8 @@ class MaskBlocks:
             pruned.weight = refit(weight, damped, pruned.keep, pruned.weight)
         masked = torch.where(pruned.keep, weight, 0.0)
         tensors = self._store(stack, pruned, statistics)
-        found, start = {}, 0
-        for linear in stack:
-            part = slice(start, start + linear.rows)
+        found = {}
+        for linear, original, zeroed in zip(stack, weight.split(rows), masked.split(rows), strict=True):
             stored = self._plan.decode(linear, tensors[linear])
             scheme = self._plan.schemes[linear]
             facts = {
@@ -116,11 +115,10 @@ class MaskBlocks:
                 "scheme": scheme.name if scheme else "dense",
                 "method": self._plan.request.method,
                 "zeros": int((stored == 0).sum()),
-                "error_removed": relative_error(weight[part], masked[part], statistics),
-                "relative_error": relative_error(weight[part], stored, statistics),
+                "error_removed": relative_error(original, zeroed, statistics),
+                "relative_error": relative_error(original, stored, statistics),
             }
             found[linear] = _Made(tensors[linear], stored, facts, pruned.notes)
-            start += linear.rows
         return found
 
     def _store(
@@ -139,11 +137,8 @@ class MaskBlocks:
         size = stack[0].columns if scheme.group_size == PER_CHANNEL else scheme.group_size
         solved = gptq.solve(pruned.weight, statistics, grid, size, **quantize.METHODS["gptq"].defaults)
         pruned.notes += solved.notes
-        tensors, start = {}, 0
-        for linear in stack:
-            tensors[linear] = self._plan.format.encode(linear, scheme, solved.rows(slice(start, start + linear.rows)))
-            start += linear.rows
-        return tensors
+        parts = zip(stack, solved.split(sizes), strict=True)
+        return {linear: dict(self._plan.format.encode(linear, scheme, part)) for linear, part in parts}
 
     def _dense(self, linear: Linear, weight: Tensor) -> dict[str, Tensor]:
         weight = weight.to(DTYPES[linear.dtype])

@@ -7,8 +7,9 @@ from typing import Any
 from llmpare.compress.checkpoint.header import tensor_bytes
 from llmpare.compress.checkpoint.read import Checkpoint, TensorInfo
 from llmpare.compress.errors import InputError, UnsupportedError, UsageError
-from llmpare.compress.estimate import Needs, Work, needs_of
+from llmpare.compress.estimate import Work, needs_of
 from llmpare.compress.model.layout import Layout, find, sees
+from llmpare.compress.needs import Needs
 from llmpare.compress.planning import Subject, opened
 from llmpare.compress.prune import structure
 from llmpare.compress.prune.cut import Cut, ShrinkRequest, rounded

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llmpare.compress import collect
+from llmpare.compress.batches import logit_tokens
 from llmpare.compress.clock import Clock
-from llmpare.compress.estimate import logit_tokens
 from llmpare.compress.evaluate.fidelity import score
 from llmpare.compress.grid import Statistics
 from llmpare.compress.linears import Linears

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmpare.compress.batches import logit_tokens
 from llmpare.compress.clock import Clock
 from llmpare.compress.errors import InputError
-from llmpare.compress.estimate import logit_tokens
 from llmpare.compress.evaluate.fidelity import score
 from llmpare.compress.hooks import before
 from llmpare.compress.linears import Linears

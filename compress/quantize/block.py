@@ -125,12 +125,10 @@ class QuantizeBlocks:
         known = [statistics for _, statistics in stacks]
         results = self._solver(weights, known, grid, size, **self._solver_options)
         for (stack, statistics), weight, result in zip(stacks, weights, results, strict=True):
-            start = 0
-            for linear in stack:
-                rows = slice(start, start + linear.rows)
-                part = solved[linear.name] = result.rows(rows)
-                errors[linear.name] = relative_error(weight[rows], part.weight(), statistics)
-                start = rows.stop
+            rows = [linear.rows for linear in stack]
+            for linear, original, part in zip(stack, weight.split(rows), result.split(rows), strict=True):
+                solved[linear.name] = part
+                errors[linear.name] = relative_error(original, part.weight(), statistics)
 
     def _stacked(self, linears: Sequence[Linear], source: Mapping[str, Tensor]) -> Tensor:
         """The weights of linears as one matrix [rows of all, columns], and no second copy of it."""

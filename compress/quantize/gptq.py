@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmpare.compress.batches import weights_at_once
 from llmpare.compress.grid import IntGrid, Solved, Statistics
 from llmpare.compress.lines import Backlog, Lines, block, picked, place
 from llmpare.compress.quantize import linalg, refine, rtn
@@ -130,7 +131,6 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
 
 
 _LINE = 16  # float32 numbers in a cache line
-_WEIGHTS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}  # up to nine float32 copies of them are alive
 
 
 def rows_at_once(weight: Tensor) -> int:
@@ -138,7 +138,7 @@ def rows_at_once(weight: Tensor) -> int:
 
     A multiple of a cache line where that is possible: products of others take half as long again.
     """
-    most = _WEIGHTS_AT_ONCE.get(weight.device.type, _WEIGHTS_AT_ONCE["cpu"]) * weight.shape[-2] // weight.numel()
+    most = weights_at_once(weight.device.type) * weight.shape[-2] // weight.numel()
     return max(1, most // _LINE * _LINE or most)
 
 

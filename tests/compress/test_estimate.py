@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from llmpare.compress import estimate
+from llmpare.compress import batches, estimate
 from llmpare.compress.checkpoint.read import Checkpoint
-from llmpare.compress.estimate import Needs
 from llmpare.compress.model.layout import layout
+from llmpare.compress.needs import Needs
 from llmpare.compress.request import QuantizeRequest, Scheme, TextSpec
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"
@@ -163,9 +163,9 @@ def test_the_explanation_names_every_part_with_its_size() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_batches_of_a_device(device: str) -> None:
-    assert estimate.batch_tokens(device) >= estimate.logit_tokens(device) > 0
-    assert estimate.batch_tokens("cuda") > estimate.batch_tokens("cpu")
-    assert estimate.batch_tokens("other") == estimate.batch_tokens("cpu")
+    assert batches.batch_tokens(device) >= batches.logit_tokens(device) > 0
+    assert batches.batch_tokens("cuda") > batches.batch_tokens("cpu")
+    assert batches.batch_tokens("other") == batches.batch_tokens("cpu")
 
 
 def test_disk_space_is_that_of_the_nearest_folder_there_is(tmp_path: Path, monkeypatch) -> None:

@@ -233,7 +233,8 @@ def test_solved_puts_scales_on_consecutive_columns() -> None:
     scale, zero = torch.tensor([[1.0, 10.0], [2.0, -4.0]]), torch.tensor([[1.0, 0.0], [2.0, 3.0]])
     solved = Solved(codes, scale, zero)
     assert solved.weight().tolist() == [[-1.0, 0.0, 20.0, 30.0], [2.0, 0.0, 8.0, 12.0]]
-    assert solved.rows(slice(1, 2)).weight().tolist() == [[2.0, 0.0, 8.0, 12.0]]
+    above, below = solved.split([1, 1])
+    assert (above.weight().tolist(), below.weight().tolist()) == ([[-1.0, 0.0, 20.0, 30.0]], [[2.0, 0.0, 8.0, 12.0]])
 
 
 def test_codes_at_or_above_128_are_not_read_as_negative() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from llmpare.compress import quantize
+from llmpare.compress.batches import experts_at_once
 from llmpare.compress.errors import InputError, UsageError
-from llmpare.compress.estimate import experts_at_once, process
+from llmpare.compress.estimate import process
 from llmpare.compress.plan import plan_quantize
 from llmpare.compress.progress import Silent
 from llmpare.compress.report import markdown, schema

@@ -168,10 +168,11 @@ def _quantile(ordered: Tensor, share: float) -> float:
 
 
 def _histogram(kl: Tensor) -> dict[str, list[float]]:
-    """Counts between EDGES. Rounding can make a divergence a little less than 0; what is no number is not counted."""
-    edges = torch.tensor(EDGES, dtype=torch.float64)
-    values = kl[~kl.isnan()].clamp(edges[0], edges[-1])
-    bins = torch.bucketize(values, edges[1:-1], right=True)
+    """Counts between EDGES. The first and the last range take in what lies beyond, such as a divergence that rounding
+    made a little less than 0; what is no number is not counted.
+    """
+    between = torch.tensor(EDGES[1:-1], dtype=torch.float64)
+    bins = torch.bucketize(kl[~kl.isnan()], between, right=True)
     return {"edges": list(EDGES), "counts": torch.bincount(bins, minlength=len(EDGES) - 1).tolist()}
 
 

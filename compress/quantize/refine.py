@@ -108,11 +108,11 @@ class Refinement:
         """
         matrix, wanted = self._curvature(), self._by_group(self._slope * self._centred).mT  # [matrices, rows, groups…]
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-        empty = diagonal <= 0  # a group of zeros only: any scale does
+        empty = diagonal <= 0  # a group of zeros only: any scale does, and with 1 on the diagonal it keeps its own
         regular = matrix.clone()
         regular.diagonal(dim1=-2, dim2=-1).add_(diagonal.amax(-1, keepdim=True), alpha=1e-6).add_(empty)
         best = self.scale + torch.linalg.solve(regular, wanted)
-        best = torch.where(empty | ~torch.isfinite(best) | (best == 0), self.scale, best)
+        best = torch.where(~torch.isfinite(best) | (best == 0), self.scale, best)
         fitted = self._grid.round_scale(best)
         change = fitted - self.scale
         gain = change * (2 * wanted - (matrix @ change.unsqueeze(-1)).squeeze(-1))

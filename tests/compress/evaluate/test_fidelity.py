@@ -6,17 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmpare.compress.evaluate.fidelity import Scores, alone, score, summarise
+from llmpare.compress.evaluate.fidelity import EDGES, Scores, alone, score, summarise
 
 WINDOWS, POSITIONS, VOCABULARY = 5, 9, 13
 
 
-def logits(seed: int, *, windows: int = WINDOWS, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+def logits(
+    seed: int, *, windows: int = WINDOWS, positions: int = POSITIONS, spread: float = 3.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Those of a model, those of one not far from it, and the tokens that follow."""
     torch.manual_seed(seed)
-    dense = torch.randn(windows, POSITIONS, VOCABULARY) * spread + 4
+    dense = torch.randn(windows, positions, VOCABULARY) * spread + 4
     compressed = dense + 0.7 * torch.randn_like(dense)
-    return dense, compressed, torch.randint(0, VOCABULARY, (windows, POSITIONS))
+    return dense, compressed, torch.randint(0, VOCABULARY, (windows, positions))
 
 
 def log_probabilities(row: list[float]) -> list[float]:
@@ -50,9 +52,10 @@ def stderr(values: list[list[float]]) -> float:
     return statistics.stdev([statistics.mean(window) for window in values]) / len(values) ** 0.5
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_scores_are_those_of_the_textbook(seed: int) -> None:
-    dense, compressed, targets = logits(seed)
+@pytest.mark.parametrize(("seed", "positions"), [(0, POSITIONS), (1, 1), (2, 150)])
+def test_scores_are_those_of_the_textbook(seed: int, positions: int) -> None:
+    """150 positions are more than exist at a time."""
+    dense, compressed, targets = logits(seed, positions=positions)
     expected = textbook(dense, compressed, targets)
     found = score(dense, compressed, targets)
     for name, values in (("dense", found.dense_nll), ("compressed", found.compressed_nll), ("kl", found.kl)):
@@ -125,6 +128,7 @@ def test_the_summary_is_that_of_the_textbook(seed: int) -> None:
     for part in found["by_position"]:
         here = statistics.mean(window[part["start"]] for window in expected["kl"])
         assert part["kl"] == pytest.approx(here, rel=1e-4)
+        assert part["top1"] == pytest.approx(statistics.mean(window[part["start"]] for window in expected["agree"]))
 
 
 def constant(kl: list[list[float]]) -> Scores:
@@ -148,6 +152,12 @@ def test_quantiles_are_values_that_occurred() -> None:
     assert found["mean"] == 500.5
     single = summarise([constant([[0.25]])], "")["kl"]
     assert single["median"] == single["p99"] == single["max"] == 0.25
+
+
+def test_the_histogram_counts_an_edge_above_and_what_is_beyond_at_the_ends() -> None:
+    values = [[-1e-7, 0.0, 1.0, 1e6, math.inf, math.nan]]
+    counts = summarise([constant(values)], "")["kl"]["histogram"]["counts"]
+    assert (counts[0], counts[EDGES.index(1.0)], counts[-1], sum(counts)) == (2, 1, 2, 5)
 
 
 def test_the_standard_error_is_over_windows() -> None:
@@ -292,6 +302,8 @@ def test_an_original_that_gives_no_numbers() -> None:
 
 
 def test_a_perplexity_beyond_all_floats_is_infinite() -> None:
+    large = summarise([scores(torch.full((2, 3), 650.0), torch.full((2, 3), 650.0), torch.ones(2, 3))], "")
+    assert large["perplexity"]["dense"] == pytest.approx(math.exp(650))
     values = torch.full((2, 3), 1000.0)
     found = summarise([scores(torch.ones(2, 3), values, torch.ones(2, 3))], "")
     assert found["perplexity"]["compressed"] == found["perplexity"]["increase"] == math.inf

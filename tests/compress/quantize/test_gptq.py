@@ -315,6 +315,40 @@ def test_correction_brings_the_output_nearer_to_the_original_one() -> None:
     assert corrected < 0.7 * plain
 
 
+@pytest.mark.parametrize("strength", [0.25, 1.0])
+def test_correction_solves_for_the_weight_that_makes_up_for_that_share(strength: float) -> None:
+    h, weight, grid = gram(32, 5), weights(6, 32, 5), IntGrid(4, True)
+    drift = 0.3 * gram(32, 6) @ torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    damped = h.double() + 0.01 * h.double().diagonal().mean() * torch.eye(32)
+    meant = weight + (strength * weight.double() @ drift.double() @ damped.inverse()).float()
+    found = solve(weight, Statistics(h, drift), grid, 16, correction=strength)
+    assert (found.codes == solve(meant, Statistics(h), grid, 16).codes).double().mean() > 0.98  # but for ties
+
+
+@pytest.mark.parametrize(("rounds", "sweeps"), [(1, 1), (1, 3), (3, 1), (2, 2)])
+def test_refinement_goes_on_from_propagation_for_so_many_rounds_and_sweeps(rounds: int, sweeps: int) -> None:
+    h, weight, grid = gram(64, 9), weights(16, 64, 9), IntGrid(2, True)
+    plain = solve(weight, Statistics(h), grid, 16, rounds=0)
+    start = (each.unsqueeze(0) for each in (plain.codes, plain.scale, plain.zero))
+    steps = refine.Refinement(weight.unsqueeze(0), linalg.damp(h, 0.01).unsqueeze(0), *start, grid, 16)
+    seen = []
+    for _ in range(rounds):
+        steps.refit()
+        for _ in range(sweeps):
+            steps.descend(h.diagonal().argsort(descending=True).unsqueeze(0), 1)
+            seen.append(steps.codes)
+    found = solve(weight, Statistics(h), grid, 16, rounds=rounds, sweeps=sweeps)
+    assert torch.equal(found.codes, steps.codes[0])
+    torch.testing.assert_close(found.scale, steps.scale[0])
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))  # or more of them would show nothing
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(1 << 10, 8192), (14336, 576), (1 << 20, 8), (1 << 30, 1)])
+def test_rows_that_are_solved_together(columns: int, expected: int) -> None:
+    """About as many weights whatever the shape, whole cache lines of rows if there is room for one, and never none."""
+    assert gptq.rows_at_once(torch.empty(1 << 15, columns, device="meta")) == expected
+
+
 def test_correction_without_drift_does_nothing() -> None:
     h, weight, grid = gram(32, 7), weights(4, 32, 7), IntGrid(4, True)
     plain = solve(weight, Statistics(h), grid, 16)

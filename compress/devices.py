@@ -1,11 +1,13 @@
 """Where the tensors are worked on."""
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
 from llmpare.compress import memory
+from llmpare.compress.clock import Clock
 from llmpare.compress.errors import LlmpareError, UsageError
 from llmpare.compress.estimate import process
 from llmpare.compress.progress import Progress
@@ -46,6 +48,11 @@ def peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
+def clock(device: torch.device) -> Clock:
+    """A clock that waits for what the device has still to do."""
+    return Clock((lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None)
+
+
 def name(device: torch.device) -> str:
     """What the report calls the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -61,7 +68,9 @@ def fitting(
     try:
         return work(batch)
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
+        pass  # as long as the error is handled, its traceback holds on to the tensors of that attempt
+    gc.collect()
+    torch.cuda.empty_cache()
     half = max(1, batch // 2)
     progress.warn(f"the device ran out of memory with {batch} windows at a time, trying {half}")
     try:

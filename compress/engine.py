@@ -13,8 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmpare.compress.batches import logit_tokens
 from llmpare.compress.checkpoint.journal import Journal
@@ -123,6 +122,7 @@ class Pass:
             begun = self._clock.total()
             for index, tensors in blocks:
                 record, resumed = self._block(index, tensors, streams)
+                tensors.clear()  # what is still in use, the model has
                 with self._clock.phase("measure"):
                     self._advance(streams.compressed, index)
                     self._require_finite(streams.compressed, index)
@@ -173,6 +173,9 @@ class Pass:
             if streams.calibration_dense is not None:
                 with self._clock.phase("advance"):
                     streams.calibration_dense.advance(dense, index)
+            tensors.clear()  # neither they nor what was made of them is needed beside what comes now
+            if self._models.same:
+                self._models.output.skeleton.unload(index)
             with self._clock.phase("read"):
                 stored = self._restore(index)
             if streams.calibration is not None and index < self._last():
@@ -209,15 +212,16 @@ class Pass:
         if place is None:
             raise ValueError(f"block {index} is not in the output")
         block = self._models.output.skeleton.blocks[place]
-        ran = dict(block.named_parameters())
-        self._models.output.skeleton.unload(place)  # what is restored goes to new tensors, these stay as they are
+        ran = _digests(block)  # two blocks would take more memory than the run was planned with
+        self._models.output.skeleton.unload(place)
         self._restore(index)
-        for name, parameter in block.named_parameters():
-            if not torch.equal(parameter.to(ran[name].dtype), ran[name]):
-                raise OutputError(
-                    f"block {index}: {name} in the output is not the weight that was computed",
-                    "the disk or a bug of ours: verify the disk, then please report it",
-                )
+        read = _digests(block)
+        different = [name for name, digest in ran.items() if read[name] != digest]
+        if different:
+            raise OutputError(
+                f"block {index}: {different[0]} in the output is not the weight that was computed",
+                "the disk or a bug of ours: verify the disk, then please report it",
+            )
 
     def _write(
         self, unit: str, stored: Mapping[str, Tensor], source: Iterable[str], facts: dict[str, Any]
@@ -264,6 +268,11 @@ class Pass:
                 f"block {index} gives activations that are NaN or infinite in {self._plan.dtype}",
                 "try --dtype bfloat16 or --dtype float32",
             )
+
+
+def _digests(block: nn.Module) -> dict[str, str]:
+    """The sha256 of every parameter as float32, which holds those of less precision exactly."""
+    return {n: hashlib.sha256(to_bytes(parameter.float())).hexdigest() for n, parameter in block.named_parameters()}
 
 
 def _unit(index: int) -> str:

@@ -1,6 +1,5 @@
 """How much memory a run takes at its peak, predicted from shapes; no torch."""
 
-import os
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -11,6 +10,7 @@ from pathlib import Path
 from llmpare.compress import quantize
 from llmpare.compress.batches import batch_tokens, experts_at_once, weights_at_once
 from llmpare.compress.calibration import DEFAULT_WINDOWS
+from llmpare.compress.checkpoint.files import destination, files_below
 from llmpare.compress.checkpoint.header import TensorInfo, tensor_bytes
 from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.hardware import torch_for_gpus
@@ -189,8 +189,9 @@ def _tuning(of_block: Sequence[Sequence[Linear]], bytes_: int) -> int:
 
 
 def disk_free(out: Path) -> int:
-    """Bytes free where `out` will be, in the nearest folder that exists."""
-    place = Path(os.path.abspath(out))
+    """Bytes that a run can fill with `out`: free in the nearest folder that exists, or taken by an unfinished one."""
+    place = destination(out)
+    taken = sum(path.lstat().st_blocks * 512 for path in files_below(Path(f"{place}.partial")))
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(place).free + taken

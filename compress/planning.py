@@ -16,6 +16,7 @@ from typing import Any
 from llmpare.compress import hardware, memory
 from llmpare.compress.calibration import DEFAULT_SEQLEN
 from llmpare.compress.checkpoint import locate
+from llmpare.compress.checkpoint.files import destination, nested
 from llmpare.compress.checkpoint.read import DENSE, Checkpoint
 from llmpare.compress.checkpoint.write import TensorSpec, weight_files
 from llmpare.compress.errors import InputError, UsageError
@@ -166,7 +167,7 @@ class Plan(Subject, ABC):
             f"memory   about {memory.show(self.needs.memory)}: {self.needs.explain()}",
             f"         with --max-memory at least {memory.show(self.needs.least)}",
             *(f"         {line}" for line in self.needs.way.lines()),
-            f"disk     {memory.show(self.file_bytes + self.needs.spilled)} in {self.request.out.absolute().parent}: "
+            f"disk     {memory.show(self.file_bytes + self.needs.spilled)} in {destination(self.request.out).parent}: "
             f"{self.file_bytes:,} bytes of weight files"
             + (f", {self.needs.spilled:,} of hidden states for a time" if self.needs.spilled else ""),
             "time     not known from headers; the run says it once its first block is done",
@@ -219,8 +220,7 @@ def idle_patterns(patterns: Sequence[str], found: Layout) -> list[str]:
 
 
 def _refuse_nested(model: Path, out: Path) -> None:
-    source, target = model.resolve(), out.absolute().parent.resolve() / out.name
-    if source == target or source in target.parents or target in source.parents:
+    if nested(model.resolve(), destination(out)):
         raise UsageError(
             f"the output {out} and the model {model} lie inside each other", "choose another place with -o"
         )

@@ -145,7 +145,7 @@ class RunRequest:
     restart: bool = False
 
     def spec(self) -> dict[str, Any]:
-        """What decides the output's bytes, as plain JSON values. Paths, gates and permissions are left out."""
+        """The request as plain JSON values, without places, limits, gates and what becomes of an output that exists."""
         fields = asdict(self)
         for name in ("model", "out", "revision", "max_memory", "gates", "strict", "force", "restart"):
             del fields[name]

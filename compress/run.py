@@ -29,7 +29,6 @@ from llmpare.compress.checkpoint.journal import Journal
 from llmpare.compress.checkpoint.read import CONFIG, DENSE, Checkpoint
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.checkpoint.write import CheckpointWriter
-from llmpare.compress.clock import Clock
 from llmpare.compress.command import Command
 from llmpare.compress.engine import OUTSIDE, Pass, Streams
 from llmpare.compress.errors import InputError, MemoryLimitError
@@ -83,7 +82,7 @@ def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, 
     progress.phase("planning")
     device = devices.find(request.device)
     plan = command.plan(request, device.type)
-    clock = Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None)
+    clock = devices.clock(device)
     with clock.phase("text"):
         texts = read_texts(plan)
     for warning in (*plan.warnings, *texts.warnings()):
@@ -264,9 +263,11 @@ def _enter(job: Job, model: Model, batch: int, keep: Keep = list) -> Stream | No
 
 def _spec(plan: Plan, source: Checkpoint, texts: Texts) -> dict[str, Any]:
     """What decides the bytes of the output, as far as it is known before the weights are read."""
+    settled = {**plan.request.spec(), "device": plan.device, "dtype": plan.dtype}  # what `auto` came to
+    del settled["trust_remote_code"]  # which code, the source says
     layout = hashlib.sha256(repr(list(source.tensors.values())).encode()).hexdigest()
     return {
-        "request": plan.request.spec(),
+        "request": settled,
         "sequential": plan.sequential,
         "source": {"config_sha256": config_digest(source), "headers_sha256": layout},
         "text": {
@@ -277,8 +278,7 @@ def _spec(plan: Plan, source: Checkpoint, texts: Texts) -> dict[str, Any]:
 
 
 def _existing(plan: Plan, source: Checkpoint) -> dict[str, Any]:
-    for name in source.tensors:
-        source.read(name)
+    source.hash()
     return verified(plan.request, weights_digest(source))
 
 

@@ -135,6 +135,6 @@ class _Place:
 
 def _nameless(folder: Path) -> int:
     """A file descriptor of a file that no folder lists."""
-    fd, name = tempfile.mkstemp(dir=folder)
+    fd, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")  # see files.is_temporary
     os.unlink(name)
     return fd

@@ -33,7 +33,7 @@ class Walk:
         with self._clock.phase("read"):
             tensors = self._read(self._plan.layout.outside)
             self.skeleton.place_outside(tensors)
-        self._first = self._load(self._read(self._plan.layout.blocks[0]))
+            self._first = self._load(self._read(self._plan.layout.blocks[0]))
         return tensors
 
     def head(self) -> None:

@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from llmpare.cli.exits import main
+from llmpare.cli.progress import Watcher
 from llmpare.compress.checkpoint.write import CheckpointWriter, TensorSpec
 from llmpare.compress.estimate import process
 
@@ -77,11 +78,17 @@ def test_a_model_several_times_larger_than_memory(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)  # gigabytes that no later test should have to share the disk with
 
 
-def test_max_memory_is_kept_to_and_the_estimate_is_near(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Little more than the least: hidden states wait in a file, batches come one at a time, and the process is held
-    to what was promised, in memory that is private to it and in memory that it really touched.
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_max_memory_is_kept_to_and_the_estimate_is_near(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states wait in a file, batches come one at a time, and the process is held to the least that was planned,
+    in memory that is private to it and in memory that it really touched. It takes up what another one began.
     """
-    large_llama(tmp_path / "model", blocks=2, inner=2048)
+    large_llama(tmp_path / "model", blocks=3, inner=2048)
     text = tmp_path / "windows.jsonl"
     ids = torch.randint(2, tiny.VOCABULARY, (66, 128), generator=torch.Generator().manual_seed(0)).tolist()
     text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
@@ -94,8 +101,12 @@ def test_max_memory_is_kept_to_and_the_estimate_is_near(tmp_path: Path, capsys: 
     planned = json.loads(capsys.readouterr().out)
     least = planned["least_memory_bytes"]
     assert least < planned["memory_bytes"] - 32 * MIB
+    monkeypatch.setattr(Watcher, "block", stop)
+    assert main(command) == 130
     done = tiny.limited([*command, "--max-memory", str(least)], least - process() + SPARE)
     assert done.returncode == 0, done.stderr[-2000:]
-    cost = json.loads(done.stdout)["cost"]
+    report = json.loads(done.stdout)
+    assert [block["resumed"] for block in report["blocks"]] == [True, False, False]
+    cost = report["cost"]
     assert cost["predicted_memory_bytes"] == least
     assert least / 1.25 < cost["peak_rss_bytes"] <= least

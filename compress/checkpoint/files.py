@@ -39,6 +39,16 @@ def clipped(value: object) -> str:
     return text if len(text) <= SHOWN else text[:SHOWN] + "…"
 
 
+def destination(out: Path) -> Path:
+    """Where the system puts `out`, as an absolute path; a symbolic link in its last place is not followed."""
+    return out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
+
+
+def nested(one: Path, other: Path) -> bool:
+    """Whether two absolute paths, without links, are the same or lie inside each other."""
+    return one == other or one in other.parents or other in one.parents
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turns an OSError into an InputError that names `path`."""
@@ -222,8 +232,15 @@ def _read_some(fd: int, offset: int, path: Path) -> bytes:
         return os.pread(fd, CHUNK, offset)
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and its sub-folders."""
+    for where, _, files in os.walk(folder):
+        for name in files:
+            yield Path(where, name)
+
+
 def is_temporary(name: str) -> bool:
-    """Whether a file name is one that `write_file` may leave behind when it is killed."""
+    """Whether a file name is one that a kill may leave behind: of `write_file`, or of a file about to lose its name."""
     return name.startswith(".") and name.endswith(".tmp")
 
 

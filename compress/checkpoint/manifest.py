@@ -3,14 +3,23 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmpare.compress.checkpoint.files import opened, parse_json, read_file, reading, sha256_at, sha256_file, shown
+from llmpare.compress.checkpoint.files import (
+    files_below,
+    opened,
+    parse_json,
+    read_file,
+    reading,
+    sha256_at,
+    sha256_file,
+    shown,
+)
 from llmpare.compress.checkpoint.header import read_header
 from llmpare.compress.checkpoint.journal import canonical
-from llmpare.compress.errors import InputError
+from llmpare.compress.errors import InputError, OutputError
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
@@ -33,10 +42,11 @@ def build_manifest(
     """What `folder` holds and where it comes from, without clock, host or user: the same run gives the same manifest.
 
     spec, source, versions: JSON values. tensors: name → sha256 of every tensor. unhashed: files that carry clocks and
-    are listed by name only, as far as they exist. Raises InputError when a file cannot be read.
+    are listed by name only, as far as they exist. Raises InputError when a file cannot be read, OutputError when a
+    tensor in it is not the one that was written.
     """
     found = _listing(folder)
-    files = {name: _record(path) for name, path in found.items() if name not in unhashed}
+    files = {name: _record(path, tensors) for name, path in found.items() if name not in unhashed}
     manifest = {
         "llmpare_manifest": VERSION,
         "files": files,
@@ -50,9 +60,23 @@ def build_manifest(
     return stored
 
 
-def _record(path: Path) -> dict[str, Any]:
+def _record(path: Path, tensors: Mapping[str, str]) -> dict[str, Any]:
+    if path.suffix == ".safetensors" and (damaged := _damaged_tensor(path, tensors)) is not None:
+        raise OutputError(
+            f"{shown(path)}: what the disk holds of tensor {shown(damaged)} is not what was written",
+            "check the disk, then run the same command with --restart",
+        )
     with reading(path):
         return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _damaged_tensor(path: Path, tensors: Mapping[str, str]) -> str | None:
+    """The first tensor in a shard whose sha256 is another one. Raises InputError for a header that is none."""
+    with opened(path) as fd:
+        for tensor in read_header(fd, path):
+            if sha256_at(fd, tensor.start, tensor.nbytes, path) != tensors.get(tensor.name):
+                return tensor.name
+    return None
 
 
 def finished(out: Path, spec: Mapping[str, Any]) -> bool:
@@ -99,21 +123,18 @@ _MAKE_AGAIN = "make or fetch it again"
 
 def _damaged_part(path: Path, tensors: Mapping[str, str]) -> str:
     """Which part of a damaged shard is not as it was written."""
-    with opened(path) as fd:
-        try:
-            layout = read_header(fd, path)
-        except InputError:
-            return " in its header"
-        for tensor in layout:
-            if sha256_at(fd, tensor.start, tensor.nbytes, path) != tensors.get(tensor.name):
-                return f" in tensor {shown(tensor.name)}"
-    return " in its header"
+    try:
+        damaged = _damaged_tensor(path, tensors)
+    except InputError:
+        damaged = None
+    return " in its header" if damaged is None else f" in tensor {shown(damaged)}"
 
 
 def _listing(folder: Path) -> dict[str, Path]:
-    """Every file below a folder but our own, by POSIX name, sorted."""
-    paths = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
-    return {name: paths[name] for name in sorted(paths.keys() - OWN)}
+    """Every file below a folder by POSIX name, sorted: not our own, nothing hidden, as hubs and desktops leave it."""
+    paths = {path.relative_to(folder): path for path in files_below(folder)}
+    seen = {path.as_posix(): where for path, where in paths.items() if not any(p.startswith(".") for p in path.parts)}
+    return {name: seen[name] for name in sorted(seen.keys() - OWN)}
 
 
 def _encoded(manifest: Mapping[str, Any]) -> bytes:
@@ -136,10 +157,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if written != signed(manifest):
         raise InputError(f"{shown(path)} is damaged: it failed its own checksum", _MAKE_AGAIN)
     return manifest
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """Every file in a folder and its sub-folders."""
-    for where, _, files in os.walk(folder):
-        for name in files:
-            yield Path(where, name)

@@ -15,14 +15,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llmpare.compress.checkpoint.files import copy_file, is_temporary, shown, sync_folder, write_file, writing
+from llmpare.compress.checkpoint.files import (
+    copy_file,
+    destination,
+    files_below,
+    is_temporary,
+    shown,
+    sync_folder,
+    write_file,
+    writing,
+)
 from llmpare.compress.checkpoint.journal import require_same
 from llmpare.compress.checkpoint.manifest import (
     JOURNAL,
     LOCK,
     MANIFEST,
     build_manifest,
-    files_below,
     finished,
     read_manifest,
     signed,
@@ -54,7 +62,7 @@ class Workspace:
     """
 
     def __init__(self, out: Path, *, force: bool, restart: bool) -> None:
-        self.out = Path(os.path.abspath(out))
+        self.out = destination(out)
         self.partial = _sibling(self.out, ".partial")
         self.journal = self.partial / JOURNAL
         self.messages: list[str] = []

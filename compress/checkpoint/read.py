@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llmpare.compress.checkpoint.files import open_regular, read_at, read_json, reading, shown
+from llmpare.compress.checkpoint.files import open_regular, read_at, read_json, reading, sha256_at, shown
 from llmpare.compress.checkpoint.header import TensorInfo, is_unicode, read_header
 from llmpare.compress.errors import InputError, UsageError
 
@@ -63,6 +63,7 @@ class Checkpoint:
         self.digests: dict[str, str] = {}
         self.bytes_read = 0
         self._shards = shards
+        self._beside = {path: _identity(os.stat(path)) for path in (folder / name for name in (CONFIG, *self.files))}
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -123,13 +124,21 @@ class Checkpoint:
         """The sha256 of a tensor that was read, as it is on disk."""
         return self.digests[name]
 
+    def hash(self) -> None:
+        """Completes `digests` with those of tensors that were not read, and holds none of them."""
+        for name in self.tensors.keys() - self.digests.keys():
+            tensor = self.tensors[name]
+            shard = self._shards[tensor.shard]
+            self.digests[name] = sha256_at(shard.fd, tensor.start, tensor.nbytes, shard.path)
+
     def check_unchanged(self) -> None:
-        """Raises InputError when a shard is no longer the file that was opened: size, time or inode differ."""
-        for shard in self._shards.values():
-            with reading(shard.path):
-                now = _identity(os.stat(shard.path))
-            if now != shard.identity:
-                raise InputError(f"{shown(shard.path)} changed while it was in use", _LEAVE_ALONE)
+        """Raises InputError when a file is no longer the one that was opened: size, time or inode differ."""
+        shards = {shard.path: shard.identity for shard in self._shards.values()}
+        for path, identity in {**shards, **self._beside}.items():
+            with reading(path):
+                now = _identity(os.stat(path))
+            if now != identity:
+                raise InputError(f"{shown(path)} changed while it was in use", _LEAVE_ALONE)
 
     def close(self) -> None:
         """Closes the shards. Nothing can be read afterwards."""

@@ -9,7 +9,7 @@ from typing import Any
 from llmpare.compress import memory
 from llmpare.compress.calibration import DEFAULT_SEQLEN
 from llmpare.compress.checkpoint import locate
-from llmpare.compress.checkpoint.files import shown
+from llmpare.compress.checkpoint.files import destination, nested, shown
 from llmpare.compress.checkpoint.header import tensor_bytes
 from llmpare.compress.distill import defaults, estimate
 from llmpare.compress.distill.defaults import Pace
@@ -102,7 +102,7 @@ class DistillPlan:
             f"loss     {request.loss}, learning rate up to {self.rate:.2g} after {self.warmup} steps",
             f"output   {memory.show(self.student.nbytes)} from {memory.show(self.teacher.nbytes)}",
             f"memory   about {memory.show(self.need.memory)}: {self.need.explain()}",
-            f"disk     {memory.show(self.disk)} in {request.out.absolute().parent}",
+            f"disk     {memory.show(self.disk)} in {destination(request.out).parent}",
             f"time     roughly {show.duration(self.seconds)} on {self.need.device}, more on a busy machine",
             *(f"note     {warning}" for warning in self.warnings),
         ]
@@ -247,8 +247,7 @@ def _refuse(request: DistillRequest, name: str, source: DenseSource) -> None:
             f"{shown(name)}: config.json has an auto_map: this model runs code from the model folder",
             "read that code, then add --trust-remote-code",
         )
-    model, out = source.folder.resolve(), request.out.absolute().parent.resolve() / request.out.name
-    if model == out or model in out.parents or out in model.parents:
+    if nested(source.folder.resolve(), destination(request.out)):
         raise UsageError(
             f"the output {request.out} and the model {name} lie inside each other", "choose another place with -o"
         )

@@ -68,7 +68,7 @@ def run_distill(request: DistillRequest, progress: Progress) -> dict[str, Any] |
         progress = Silent()
     device = processes.device
     plan = plan_distill(request, device=device.type, processes=processes.count)
-    clock = Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None)
+    clock = devices.clock(device)
     with ExitStack() as stack:
         assert plan.teacher.folder is not None
         teacher = stack.enter_context(open_dense(plan.teacher.folder))

@@ -69,9 +69,7 @@ class Subject:
 def digest(source: DenseSource) -> str:
     """One sha256 for all weights as they are stored."""
     checkpoint = source.checkpoint
-    for name in checkpoint.tensors:
-        if name not in checkpoint.digests:
-            checkpoint.read(name)
+    checkpoint.hash()
     text = "".join(f"{name} {sha256}\n" for name, sha256 in sorted(checkpoint.digests.items()))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -38,7 +38,7 @@ def run_evaluate(request: EvaluateRequest, progress: Progress) -> dict[str, Any]
     transformers.logging.set_verbosity_error()
     progress.phase("planning")
     device = devices.find(request.device)
-    clock = Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None)
+    clock = devices.clock(device)
     with ExitStack() as stack:
         job = _prepare(request, device, clock, progress, stack)
         for warning in job.warnings:

@@ -46,7 +46,13 @@ class LowPrecision(Checkpoint):
             return self._dense.checkpoint.read(name)
         from llmpare.compress.checkpoint.tensors import DTYPES, to_bytes
 
-        return bytearray(to_bytes(self._dense.tensor(name, DTYPES[self.tensors[name].dtype])))
+        data = bytearray(to_bytes(self._dense.tensor(name, DTYPES[self.tensors[name].dtype])))
+        self.bytes_read = self._dense.checkpoint.bytes_read
+        return data
+
+    def hash(self) -> None:
+        """See Checkpoint."""
+        self._dense.checkpoint.hash()
 
     def digest(self, name: str) -> str:
         """One for all the tensors that a decoded one is made of."""

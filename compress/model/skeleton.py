@@ -148,17 +148,24 @@ class Skeleton:
                 _unload(module, "weight")
 
     def head(self) -> list[str]:
-        """Names on disk of what `unload_outside` freed and logits need."""
-        module = self.model.get_input_embeddings() if self._tied else self.model.get_output_embeddings()
+        """Names on disk of what `unload_outside` freed and logits need; a tied weight may have either name."""
+        modules = self._head_modules()
         slots = {name: target.rpartition(".") for name, target in self.names.items()}
         return [n for n, (owner, _, leaf) in slots.items()
-                if leaf == "weight" and self.model.get_submodule(owner) is module]  # fmt: skip
+                if leaf == "weight" and self.model.get_submodule(owner) in modules]  # fmt: skip
 
     def place_head(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts those tensors back where they belong."""
         self.place(tensors)
-        if self._tied:
-            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+        modules = self._head_modules()
+        loaded = next(module.weight for module in modules if not module.weight.is_meta)
+        for module in modules:
+            module.weight = loaded
+
+    def _head_modules(self) -> list[nn.Module]:
+        """Those that have the weight of the head."""
+        found = [self.model.get_output_embeddings()]
+        return [*found, self.model.get_input_embeddings()] if self._tied else found
 
     def inside(self, index: int) -> dict[str, str]:
         """Checkpoint tensor name → parameter name within block `index`."""

@@ -185,3 +185,6 @@ def test_disk_space_is_that_of_the_nearest_folder_there_is(tmp_path: Path, monke
     (tmp_path / "there").mkdir()
     assert estimate.disk_free(tmp_path / "there") == 123
     assert asked == [tmp_path, tmp_path, tmp_path / "there"]
+    (tmp_path / "there.partial").mkdir()
+    (tmp_path / "there.partial" / "weights").write_bytes(b"x" * 10_000)  # what a killed run has taken already
+    assert 10_000 <= estimate.disk_free(tmp_path / "there") - 123 < 20_000

@@ -335,7 +335,19 @@ def test_methods_that_need_text(llama: Path) -> None:
 
 def test_places_that_overlap(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(llama.parent)
-    for out in (llama, llama / "w4", llama.parent, llama.parent.parent, tmp_path / "link" / "llama" / "w4"):
+    (llama.parent / "deep" / "deeper").mkdir(parents=True)
+    (tmp_path / "down").symlink_to(llama.parent / "deep" / "deeper")
+    around = tmp_path / "down" / ".." / ".."  # by way of a link, so not tmp_path itself
+    for out in (
+        llama,
+        llama / "w4",
+        llama.parent,
+        llama.parent.parent,
+        tmp_path / "link" / "llama" / "w4",
+        llama.parent / "deep" / "..",
+        around,
+        around / "llama" / "w4",
+    ):
         assert "lie inside each other" in refusal(UsageError, llama, out)
     assert plan(llama, llama.parent / "llama-w4")
 

@@ -97,7 +97,7 @@ def test_34_finished_with_other_settings(llmpare: Llmpare, model: Path, out: Pat
     assert tiny.contents(out) == before
 
 
-@pytest.mark.parametrize("where", [".", "inside", "inside/deeper", ".."])
+@pytest.mark.parametrize("where", [".", "inside", "inside/deeper", "..", "../beside/.."])
 def test_35_out_and_model_in_each_other(llmpare: Llmpare, broken: Path, text: tiny.Text, where: str) -> None:
     before = tiny.contents(broken.parent)
     for flag in ([], ["--force"]):

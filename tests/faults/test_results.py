@@ -1,5 +1,6 @@
 """Rows 41 to 44: a finished output, its gates, its bytes, and who reads the result."""
 
+import json
 import math
 import os
 import re
@@ -110,6 +111,19 @@ def test_43_a_finished_output_is_verified_and_kept(
     assert "verifying" in again.err
     assert "block" not in again.err
     assert {path: identity(path) for path in (out, *out.rglob("*"))} == before
+
+
+def test_43_what_changes_no_byte_changes_nothing(llmpare: Llmpare, model: Path, out: Path, text: tiny.Text) -> None:
+    """A finished output is that of the same settings said in other words, whatever a desktop has left in it."""
+    assert llmpare(tiny.quantize(model, out, text, "--device", "auto", "--dtype", "auto")).code == 0
+    precision = json.loads((out / "report.json").read_text())["fidelity"]["dtype"].removeprefix("torch.")
+    (out / ".DS_Store").write_bytes(b"x")
+    (out / ".cache").mkdir()
+    (out / ".cache" / "file").write_bytes(b"x")
+    others = ("--device", "cpu", "--dtype", precision, "--trust-remote-code", "--max-memory", "100GB")
+    again = llmpare(tiny.quantize(model, out, text, *others))
+    assert (again.code, "block" in again.err) == (0, False), again.err
+    assert llmpare(["verify", str(out)]).code == 0
 
 
 @pytest.mark.parametrize(("stdout", "code"), [("|", 141), ("/dev/full", 5)])

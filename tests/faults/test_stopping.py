@@ -214,13 +214,26 @@ def change_the_last_block(path: Path) -> None:
     flip_bit(path, place(path.parent, DOWN_1))
 
 
-@pytest.mark.parametrize("change", [touch, replace_by_a_copy, change_the_last_block])
+def change_the_config(path: Path) -> None:
+    edit_json(path.parent / "config.json", rms_norm_eps=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (touch, "model.safetensors"),
+        (replace_by_a_copy, "model.safetensors"),
+        (change_the_last_block, "model.safetensors"),
+        (change_the_config, "config.json"),
+    ],
+)
 def test_40_source_changes_during_the_run(
     llmpare: Llmpare,
     broken: Path,
     out: Path,
     text: tiny.Text,
     change: Callable[[Path], None],
+    name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = Watcher.block
@@ -231,5 +244,5 @@ def test_40_source_changes_during_the_run(
         real(self, index, total, facts)
 
     monkeypatch.setattr(Watcher, "block", block)
-    refused(llmpare, tiny.quantize(broken, out, text), 3, "model.safetensors' changed while it was in use")
+    refused(llmpare, tiny.quantize(broken, out, text), 3, f"{name}' changed while it was in use")
     assert not out.exists()

@@ -6,10 +6,11 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from publishing import SPEC, produce
+from publishing import SPEC, produce, write_blocks
 
-from llmpare.compress.checkpoint.publish import finished, verify
-from llmpare.compress.errors import InputError
+from llmpare.compress.checkpoint.journal import Journal
+from llmpare.compress.checkpoint.publish import Workspace, build_manifest, finished, verify
+from llmpare.compress.errors import InputError, OutputError
 
 
 @pytest.fixture
@@ -67,6 +68,18 @@ def test_missing_unexpected_and_cut_files(done: Path) -> None:
         verify(done)
     (done / "report.json").write_bytes(report + b" ")
     verify(done)
+
+
+def test_a_tensor_that_the_disk_got_wrong_is_not_published(out: Path, source: Path) -> None:
+    with Workspace(out, force=False, restart=False) as workspace, Journal(workspace.journal, SPEC) as journal:
+        tensors = write_blocks(workspace.partial, journal, [])
+        shard = workspace.partial / "model-00002-of-00002.safetensors"
+        data = shard.read_bytes()
+        shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(OutputError, match="'block.1.scale' is not what was written"):
+            build_manifest(workspace.partial, spec=SPEC, source={}, versions={}, tensors=tensors)
+        shard.write_bytes(data)
+        assert build_manifest(workspace.partial, spec=SPEC, source={}, versions={}, tensors=tensors)["files"]
 
 
 def test_a_stale_lock_is_ignored(done: Path) -> None:

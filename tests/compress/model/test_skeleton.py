@@ -159,11 +159,15 @@ def test_heads_are_tied_as_loaders_tie_them(stored: str, tied: bool, tmp_path: P
         missing = "lm_head.weight" if stored == "embeddings" else "model.embed_tokens.weight"
         assert f"the checkpoint lacks {missing} | download it again" in refusal(model)
         return
-    with Checkpoint.open(model) as checkpoint:
-        made = skeleton(checkpoint).model
     reference = load(model)
-    assert torch.equal(made.get_output_embeddings().weight, reference.get_output_embeddings().weight)
-    assert torch.equal(made.get_input_embeddings().weight, reference.get_input_embeddings().weight)
+    with Checkpoint.open(model) as checkpoint:
+        whole = skeleton(checkpoint)
+        made = whole.model
+        assert torch.equal(made.get_output_embeddings().weight, reference.get_output_embeddings().weight)
+        assert torch.equal(made.get_input_embeddings().weight, reference.get_input_embeddings().weight)
+        whole.unload_outside()
+        assert made.get_output_embeddings().weight.is_meta
+        whole.place_head(read(checkpoint, whole.head()))
     assert torch.equal(made.get_output_embeddings().weight, head)
 
 

@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = app(words, prog_name="llmpare", standalone_mode=False, obj=output)
             return int(code or 0)
     except Stopped as stopped:
-        output.error("stopped; run the same command to resume", "", stopped.exit_code)
+        resumes = words[:1] != ["evaluate"]  # which leaves nothing behind
+        output.error("stopped; run the same command to resume" if resumes else "stopped", "", stopped.exit_code)
         return stopped.exit_code
     except (StdoutClosed, SystemExit):  # the latter is how typer ends when --help meets a closed pipe
         return STDOUT_CLOSED

@@ -75,7 +75,12 @@ QUANTIZE: Parsers = {
     "asym": values.flag,
     "method": values.text,
     "best": values.flag,
-    **dict.fromkeys(METHOD_OPTIONS, values.number),
+    "damping": values.limit,
+    "rounds": values.natural,
+    "sweeps": values.natural,
+    "correction": values.strength,
+    "steps": values.natural,
+    "step-size": values.limit,
     "layers": values.mappings,
     "desc-act": values.flag,
     "route-all": values.flag,
@@ -88,8 +93,8 @@ PRUNE: Parsers = {
     "allocation": values.text,
     "method": values.text,
     "refit": values.flag,
-    "damping": values.number,
-    "iterations": values.number,
+    "damping": values.limit,
+    "iterations": values.natural,
     "then": values.text,
     "group-size": values.group_size,
     "ffn": values.share,
@@ -215,7 +220,8 @@ def _read_yaml(path: Path, parsers: Parsers) -> dict[str, object]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "--config takes a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -225,7 +231,7 @@ def _read_yaml(path: Path, parsers: Parsers) -> dict[str, object]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} does not hold names and values", "write one 'name: value' per line")
     keyed = {canonical(str(key)): value for key, value in content.items()}
-    if len(keyed) < len(content):
+    if len(keyed) < len(node.value):  # of a key that is written twice, the content holds the last alone
         raise UsageError(f"{path}: the same name is given twice, perhaps in two spellings")
     if "sym" in keyed:
         keyed["asym"] = _opposite(keyed, path)

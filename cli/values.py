@@ -56,6 +56,14 @@ def group_size(value: object) -> int:
     return size
 
 
+def natural(value: object) -> int:
+    """A whole number from 0."""
+    number = whole(value)
+    if number < 0:
+        raise ValueError("expected a whole number from 0")
+    return number
+
+
 def positive(value: object) -> int:
     """A whole number from 1."""
     number = whole(value)
@@ -82,6 +90,14 @@ def limit(value: object) -> float:
     result = number(value)
     if result < 0:
         raise ValueError("expected a number from 0")
+    return result
+
+
+def strength(value: object) -> float:
+    """A number from 0 to 1."""
+    result = number(value)
+    if not 0 <= result <= 1:
+        raise ValueError("expected a number from 0 to 1")
     return result
 
 

@@ -69,7 +69,7 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
         f"model       {facts['path']}, {facts['architecture'] or 'no architecture named'}",
         f"format      {facts['format']}" + (f": {schemes}" if schemes else ""),
         f"parameters  {show.count(parameters['total'])}, {show.count(parameters['quantized'])} of them quantized",
-        f"size        {show.size(stored['total'])} in {facts['tensors']} tensors and {facts['shards']} shards",
+        f"size        {show.size(stored['total'])} in {facts['tensors']} tensors, files of weights: {facts['shards']}",
         f"stored as   {by_dtype}",
     ]
     if bits is not None:

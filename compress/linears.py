@@ -57,6 +57,9 @@ class Linears:
     def _found(
         self, index: int, linears: Mapping[str, Linear], calibration: Stream | None, dense: Stream | None, drift: bool
     ) -> Iterator[Sequence[tuple[list[str], Statistics | None]]]:
+        if not linears and self._plan.sequential and calibration is not None:
+            calibration.advance(self._model.replay, index)  # what comes later sees what this block makes of the text
+            return iter(())
         if calibration is None or not linears:
             return iter([[([name], None)] for name in linears])
         skeleton = self._model.skeleton

@@ -45,7 +45,7 @@ from llmpare.compress.prune.masking import MASKS
 from llmpare.compress.prune.request import MaskRequest, PruneRequest
 from llmpare.compress.prune.structured import SHRINK
 from llmpare.compress.quantize.block import QuantizeBlocks
-from llmpare.compress.report import build, gates, html, markdown
+from llmpare.compress.report import build, files, gates
 from llmpare.compress.request import QuantizeRequest, RunRequest
 from llmpare.compress.spill import Batches, Spill
 from llmpare.compress.streams import Stream
@@ -53,7 +53,6 @@ from llmpare.compress.texts import Texts, read_texts
 from llmpare.compress.version import VERSION
 from llmpare.compress.walk import BrokenWeights, Walk
 
-REPORTS = ("report.json", "report.md", "report.html")
 SURVEY = "survey"  # the journal's name for what a command learned from the model before the first block
 _Found = TypeVar("_Found")
 
@@ -90,7 +89,7 @@ def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, 
     with open_source(plan.model) as source:
         spec = _spec(plan, source, texts)
         if publish.finished(request.out, spec):
-            progress.phase("verifying")
+            progress.phase("already complete, verifying")
             return _existing(plan, source)
         plan = within_room(plan, devices.room(device))
         devices.limit(device, request.max_memory)
@@ -98,7 +97,7 @@ def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, 
             memory.keep_ready()
         else:
             memory.keep_lean()
-        with publish.Workspace(request.out, force=request.force, restart=request.restart) as workspace:
+        with publish.Workspace(request.out, force=request.force, restart=request.restart, spec=spec) as workspace:
             for message in workspace.messages:
                 progress.warn(message)
             manifest = workspace.pending(spec)
@@ -106,8 +105,7 @@ def run(command: Command, request: RunRequest, progress: Progress) -> dict[str, 
                 job = Job(command, plan, source, texts, device, workspace.partial, clock, progress, plan.file_bytes)
                 manifest = _produce(job, spec, workspace)
             workspace.publish(manifest)
-    report: dict[str, Any] = json.loads((request.out / REPORTS[0]).read_bytes())
-    return report
+    return files.read(request.out)
 
 
 def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> dict[str, Any]:
@@ -115,6 +113,9 @@ def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> di
     versions = {"llmpare": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
     begun = {**spec, "versions": versions, "device": job.device.type, "dtype": job.plan.dtype}
     with Journal(workspace.journal, begun) as journal:
+        taken_up = sum(unit.startswith("block") for unit in journal.done)
+        if taken_up:
+            job.progress.phase(f"resuming, {taken_up} of {len(job.plan.layout.blocks)} blocks are done")
         try:
             job = _surveyed(job, journal)
             with CheckpointWriter(job.folder, job.plan.specs) as writer, _spill(job) as spill:
@@ -130,16 +131,14 @@ def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> di
             job.progress.warn(caveat)
         _write_files(job, done)
         report = describe(job, done)
-        publish.write_file(job.folder / REPORTS[0], build.encode(report))
-        publish.write_file(job.folder / REPORTS[1], markdown.render(report).encode())
-        publish.write_file(job.folder / REPORTS[2], html.render(report).encode())
+        files.write(job.folder, report)
     return publish.build_manifest(
         job.folder,
         spec=spec,
         source={"weights_sha256": report["source"]["weights_sha256"]},
         versions=versions,
         tensors=done.digests,
-        unhashed=REPORTS,
+        unhashed=files.REPORTS,
     )
 
 
@@ -285,7 +284,7 @@ def _existing(plan: Plan, source: Checkpoint) -> dict[str, Any]:
 def verified(request: RunRequest, weights_sha256: str) -> dict[str, Any]:
     """The report of a finished output of the same request, read back, and judged by the gates of this request.
 
-    weights_sha256: of the model as it is now.
+    Its files say what these gates say. weights_sha256: of the model as it is now.
     """
     publish.settle(request.out)
     manifest = publish.verify(request.out)
@@ -293,11 +292,14 @@ def verified(request: RunRequest, weights_sha256: str) -> dict[str, Any]:
         raise InputError(
             f"{request.out} was made from other weights than {request.model} holds now", "--force makes it anew"
         )
-    report: dict[str, Any] = json.loads((request.out / REPORTS[0]).read_bytes())
-    report["gates"] = gates.evaluate(request.gates, report["fidelity"], report["size"])
-    report["passed"] = gates.measurable(report["fidelity"]) and gates.verdict(
-        report["gates"], strict=request.strict, fallbacks=report["fallbacks"], warnings=report["warnings"]
+    before = files.read(request.out)
+    checked = gates.evaluate(request.gates, before["fidelity"], before["size"])
+    passed = gates.measurable(before["fidelity"]) and gates.verdict(
+        checked, strict=request.strict, fallbacks=before["fallbacks"], warnings=before["warnings"]
     )
+    report = {**before, "gates": checked, "passed": passed}
+    if build.finite(report) != before:
+        files.write(request.out, report)
     return report
 
 

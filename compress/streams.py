@@ -70,4 +70,4 @@ def relative_error(dense: Stream, compressed: Stream, channels: Sequence[int] | 
         a = a if channels is None else a[..., channels]
         miss += (a.float() - b.float()).square().sum()
         norm += a.float().square().sum()
-    return float(miss / norm) if norm > 0 else 0.0
+    return float(miss / norm) if norm != 0 else 0.0  # NaN must not become 0

@@ -62,6 +62,7 @@ def weights(shape: tuple[int, ...]) -> bytes:
     return values.bfloat16().view(torch.uint8).numpy().tobytes()
 
 
+@pytest.mark.slow
 def test_a_model_several_times_larger_than_memory(tmp_path: Path) -> None:
     size = large_llama(tmp_path / "model")
     assert size > 6 * LIMIT

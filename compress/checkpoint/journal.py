@@ -95,14 +95,18 @@ class Journal:
 
 def require_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
     """Raises InputError naming the fields in which the spec of the partial result in `folder` is not the new one."""
-    differing = _differences(old, canonical(dict(new)))
+    differing = differences(old, new)
     if differing:
-        listed = "; ".join(differing[:LISTED])
-        more = f"; and {len(differing) - LISTED} more" if len(differing) > LISTED else ""
         raise InputError(
-            f"{shown(folder)} was begun with other settings: {listed}{more}",
-            "--restart discards it and begins afresh",
+            f"{shown(folder)} was begun with other settings: {differing}", "--restart discards it and begins afresh"
         )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The first fields in which a spec that was read and one that is asked for differ; empty if they are the same."""
+    differing = _differences(old, canonical(dict(new)))
+    more = [f"and {len(differing) - LISTED} more"] if len(differing) > LISTED else []
+    return "; ".join([*differing[:LISTED], *more])
 
 
 def _differences(old: Any, new: Any, field: str = "") -> list[str]:

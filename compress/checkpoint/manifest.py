@@ -118,7 +118,7 @@ def verify(out: Path) -> dict[str, Any]:
     return manifest
 
 
-_MAKE_AGAIN = "make or fetch it again"
+_MAKE_AGAIN = "fetch it again, or make it again with --force"
 
 
 def _damaged_part(path: Path, tensors: Mapping[str, str]) -> str:

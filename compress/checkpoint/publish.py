@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from llmpare.compress.checkpoint.files import (
     write_file,
     writing,
 )
-from llmpare.compress.checkpoint.journal import require_same
+from llmpare.compress.checkpoint.journal import differences, require_same
 from llmpare.compress.checkpoint.manifest import (
     JOURNAL,
     LOCK,
@@ -61,11 +61,13 @@ class Workspace:
     it. On exit a folder in which nothing was journalled is removed; one with a journal is kept for the next run.
     """
 
-    def __init__(self, out: Path, *, force: bool, restart: bool) -> None:
+    def __init__(self, out: Path, *, force: bool, restart: bool, spec: Mapping[str, Any] | None = None) -> None:
+        """spec: what is asked for, to say in what a finished OUT is another one."""
         self.out = destination(out)
         self.partial = _sibling(self.out, ".partial")
         self.journal = self.partial / JOURNAL
         self.messages: list[str] = []
+        self._spec = spec or {}
         self._force = force
         self._restart = restart
         self._lock: int | None = None
@@ -147,11 +149,17 @@ class Workspace:
             return
         if not self._force:
             raise OutputError(
-                f"{shown(self.out)} exists and holds something else, {shown(entries[0])} for example",
+                f"{shown(self.out)} exists and {self._occupant(entries)}",
                 "choose another name with -o, or --force to replace the whole folder",
             )
         if Path.cwd().is_relative_to(self.out):
             raise OutputError(f"{shown(self.out)} is the current folder or one above it; --force would delete it")
+
+    def _occupant(self, entries: Sequence[str]) -> str:
+        with suppress(InputError):
+            differing = differences(read_manifest(self.out)["spec"], self._spec)
+            return f"was made with other settings: {differing}"
+        return f"holds something else, {shown(entries[0])} for example"
 
     def _tidy(self) -> None:
         """Leaves in OUT.partial only what can be taken up again."""

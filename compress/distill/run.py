@@ -4,7 +4,6 @@ Whatever can be refused is refused before the first step: models, tokenizers, te
 the first alone writes; the others train along and return nothing.
 """
 
-import json
 import os
 import shutil
 import time
@@ -31,8 +30,8 @@ from llmpare.compress.distill.train import train
 from llmpare.compress.evaluate.models import digest
 from llmpare.compress.formats.decoded import DenseSource, open_dense
 from llmpare.compress.progress import Progress, Silent
-from llmpare.compress.report import build, html, markdown
-from llmpare.compress.run import REPORTS, run_prune, run_quantize, verified
+from llmpare.compress.report import files
+from llmpare.compress.run import run_prune, run_quantize, verified
 from llmpare.compress.texts import Texts
 from llmpare.compress.version import VERSION
 
@@ -86,10 +85,10 @@ def run_distill(request: DistillRequest, progress: Progress) -> dict[str, Any] |
             return None
         if publish.finished(request.out, spec):
             processes.told({"folder": None, "resume": None})
-            progress.phase("verifying")
+            progress.phase("already complete, verifying")
             return verified(request, digest(teacher))
         check_room(plan, devices.room(device))
-        with publish.Workspace(request.out, force=request.force, restart=request.restart) as workspace:
+        with publish.Workspace(request.out, force=request.force, restart=request.restart, spec=spec) as workspace:
             for message in workspace.messages:
                 progress.warn(message)
             manifest = workspace.pending(spec)
@@ -98,8 +97,7 @@ def run_distill(request: DistillRequest, progress: Progress) -> dict[str, Any] |
             else:
                 processes.told({"folder": None, "resume": None})
             workspace.publish(manifest)
-    report: dict[str, Any] = json.loads((request.out / REPORTS[0]).read_bytes())
-    return report
+    return files.read(request.out)
 
 
 def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> dict[str, Any]:
@@ -135,9 +133,7 @@ def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> di
             report = reporting.describe(
                 job.plan, job.teacher, student, job.folder, job.texts, trained, found, exits, processes, job.clock
             )
-        publish.write_file(job.folder / REPORTS[0], build.encode(report))
-        publish.write_file(job.folder / REPORTS[1], markdown.render(report).encode())
-        publish.write_file(job.folder / REPORTS[2], html.render(report).encode())
+        files.write(job.folder, report)
         for made in (carved_folder(request.out), rounding.folder(request.out)):
             shutil.rmtree(made, ignore_errors=True)
     return publish.build_manifest(
@@ -146,7 +142,7 @@ def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> di
         source={"weights_sha256": report["source"]["weights_sha256"]},
         versions=versions,
         tensors=trained["digests"],
-        unhashed=REPORTS,
+        unhashed=files.REPORTS,
     )
 
 

@@ -25,6 +25,7 @@ def scores(
             targets = _targets(ids, windows, start, end, device)
             after = compressed.logits(windows, start, end)
             if isinstance(dense, Saved):
+                after = after[..., : dense.identity.vocabulary].contiguous()
                 parts.append(baseline.score(dense.part(windows, start, end, device), after, targets))
                 continue
             before = dense.logits(windows, start, end)

@@ -164,7 +164,8 @@ def _stderr(values: Tensor) -> float:
 
 
 def _quantile(ordered: Tensor, share: float) -> float:
-    return float(ordered[min(len(ordered) - 1, int(share * len(ordered)))])
+    """By nearest rank: the least value that so large a share of all does not exceed."""
+    return float(ordered[max(0, math.ceil(share * len(ordered)) - 1)])
 
 
 def _histogram(kl: Tensor) -> dict[str, list[float]]:

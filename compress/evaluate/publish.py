@@ -1,4 +1,4 @@
-"""The files of a report: each appears whole or not at all, report.json last."""
+"""Where the report of an evaluation goes."""
 
 import json
 import os
@@ -10,9 +10,8 @@ from typing import Any
 from llmpare.compress.checkpoint.files import read_file, shown, write_file, writing
 from llmpare.compress.errors import OutputError
 from llmpare.compress.evaluate.request import EvaluateRequest
-from llmpare.compress.report import build, html, junit, markdown
+from llmpare.compress.report import files, junit
 
-JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 MAX_REPORT = 2**28  # bytes
 
 
@@ -43,8 +42,8 @@ def _remove_if_empty(folder: Path) -> None:
 def _refuse_occupied(out: Path) -> None:
     if not os.access(out, os.W_OK):
         raise OutputError(f"{shown(out)} cannot be written", "choose another place with -o")
-    others = sorted(name for name in os.listdir(out) if not name.startswith((JSON, MARKDOWN, HTML)))
-    if others or not _replaceable(out / JSON):
+    others = sorted(name for name in os.listdir(out) if not name.startswith(files.REPORTS))
+    if others or not _replaceable(out / files.JSON):
         what = shown(others[0]) if others else "the report of another command"
         raise OutputError(f"{shown(out)} holds {what}", "choose another place with -o")
 
@@ -63,8 +62,6 @@ def _replaceable(path: Path) -> bool:
 def write(request: EvaluateRequest, report: Mapping[str, Any]) -> None:
     """Writes what the request asks for."""
     if request.out is not None:
-        write_file(request.out / HTML, html.render(report).encode())
-        write_file(request.out / MARKDOWN, markdown.render(report).encode())
-        write_file(request.out / JSON, build.encode(report))
+        files.write(request.out, report)
     if request.junit is not None:
         write_file(request.junit, junit.render(report).encode())

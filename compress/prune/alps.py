@@ -36,7 +36,7 @@ def solve(weight: Tensor, statistics: Statistics, quota: Quota, *, damping: floa
         found = admm(weight * scale, scaled, quota, max(1, round(iterations / len(_PENALTIES))))
         if found is not None:
             sparse, keep = found
-            return Pruned(sparse / scale, keep, raised(damping, used))
+            return Pruned(sparse / scale, keep, raised(damping, used), used)
         if used >= linalg.MAX_DAMPING:
             return wanda.fallback(weight, statistics, quota, used)
         used = linalg.more(used)

@@ -99,8 +99,8 @@ class MaskBlocks:
             (pattern.kept, pattern.of) if pattern and self._plan.request.sparsity else None,
         )
         pruned: Pruned = self._solver(weight, statistics, quota, **self._options)
-        if self._refits and statistics is not None:
-            damped = linalg.damp(statistics.gram, self._damping)
+        if self._refits and statistics is not None and pruned.sound:
+            damped = linalg.damp(statistics.gram, self._damping if pruned.damping is None else pruned.damping)
             pruned.weight = refit(weight, damped, pruned.keep, pruned.weight)
         masked = torch.where(pruned.keep, weight, 0.0)
         tensors = self._store(stack, pruned, statistics)

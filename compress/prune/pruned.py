@@ -9,12 +9,15 @@ from torch import Tensor
 class Pruned:
     """weight [rows, columns] float32, zero where keep [rows, columns] is False.
 
-    notes: what did not go as planned, as {"cause", "action"}, for the report.
+    notes: what did not go as planned, as {"cause", "action"}, for the report. damping: that the Gram matrix could be
+    factorised with, None if that was not tried. sound: not if it was tried in vain.
     """
 
     weight: Tensor
     keep: Tensor
     notes: list[dict[str, str]] = field(default_factory=list)
+    damping: float | None = None
+    sound: bool = True
 
 
 def raised(damping: float, used: float) -> list[dict[str, str]]:

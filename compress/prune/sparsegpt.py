@@ -27,7 +27,7 @@ def solve(weight: Tensor, statistics: Statistics, quota: Quota, *, damping: floa
         return wanda.fallback(weight, statistics, quota, used)
     weight = weight.masked_fill(linalg.dead_columns(statistics.gram), 0.0)
     pruned, keep = propagate(weight, factor, quota)
-    return Pruned(pruned, keep, raised(damping, used))
+    return Pruned(pruned, keep, raised(damping, used), used)
 
 
 def propagate(weight: Tensor, factor: Tensor, quota: Quota) -> tuple[Tensor, Tensor]:

@@ -38,4 +38,5 @@ def fallback(weight: Tensor, statistics: Statistics, quota: Quota, damping: floa
     cause = f"Gram matrix not positive definite, damping tried up to {damping:g}"
     action = "mask by weight and input, nothing refitted" if sound else "mask by weight alone, nothing refitted"
     found.notes.append({"cause": cause, "action": action})
+    found.sound = False
     return found

@@ -57,7 +57,7 @@ class QuantizeBlocks:
         """
         linears = {n.name: n for n in self._plan.layout.of_block(index) if self._plan.schemes[n] is not None}
         solved: dict[str, Solved] = {}
-        errors: dict[str, float] = {}
+        errors: dict[str, float | None] = {}
         notes: dict[str, list[dict[str, str]]] = {}
         tensors: dict[str, Tensor] = {}
         wanted = list(linears.values())
@@ -85,6 +85,7 @@ class QuantizeBlocks:
             for name, linear in linears.items():
                 self._linears.put(linear, self._plan.format.weight(linear, solved[name]))
                 tensors.update(self._encode(linear, solved[name]))
+                errors[name] = None  # what is known of its input was needed for other memory
             self._model.skeleton.place(gains)
         self._linears.advance(index, calibration)
         with self._clock.phase("pack"):
@@ -100,15 +101,14 @@ class QuantizeBlocks:
         calibration.advance(self._model.replay, index)
 
     def _alike(self, groups: Sequence[tuple[Sequence[Linear], Statistics | None]]) -> list[list[_Stack]]:
-        """Stacks of linears that share input and scheme, each solved as one matrix; those of one shape together."""
-        alike: dict[tuple[Scheme, int, int], list[_Stack]] = defaultdict(list)
+        """Stacks of linears that share input, scheme and grid, each solved as one; those of one shape together."""
+        alike: dict[tuple[Scheme, IntGrid, int, int], list[_Stack]] = defaultdict(list)
         for linears, statistics in groups:
-            stacks: dict[Scheme, list[Linear]] = defaultdict(list)
+            stacks: dict[tuple[Scheme, IntGrid], list[Linear]] = defaultdict(list)
             for linear in linears:
-                stacks[self._plan.quantized[linear]].append(linear)
-            for scheme, stack in stacks.items():
-                shape = sum(linear.rows for linear in stack), stack[0].columns
-                alike[scheme, *shape].append((stack, statistics))
+                stacks[self._plan.quantized[linear], self._grid(linear)].append(linear)
+            for (scheme, grid), stack in stacks.items():
+                alike[scheme, grid, sum(linear.rows for linear in stack), stack[0].columns].append((stack, statistics))
         return list(alike.values())
 
     def _solve(
@@ -116,7 +116,7 @@ class QuantizeBlocks:
         stacks: Sequence[_Stack],
         source: Mapping[str, Tensor],
         solved: dict[str, Solved],
-        errors: dict[str, float],
+        errors: dict[str, float | None],
     ) -> None:
         first = stacks[0][0][0]
         scheme, grid = self._plan.quantized[first], self._grid(first)
@@ -187,7 +187,10 @@ class QuantizeBlocks:
         return self._plan.format.encode(linear, self._plan.quantized[linear], solved)
 
     def _facts(
-        self, linears: Mapping[str, Linear], notes: Mapping[str, list[dict[str, str]]], errors: Mapping[str, float]
+        self,
+        linears: Mapping[str, Linear],
+        notes: Mapping[str, list[dict[str, str]]],
+        errors: Mapping[str, float | None],
     ) -> dict[str, Any]:
         quantized = self._plan.quantized
         return {

@@ -109,7 +109,7 @@ def factorise(gram: Tensor, damping: float, order: Tensor | None = None) -> tupl
 
 
 def more(damping: float) -> float:
-    """The damping to try when this much was not enough."""
+    """The damping to try when this much was not enough: ten times of it, and of nothing a thousandth."""
     return min(max(damping, 1e-4) * 10, MAX_DAMPING)
 
 

@@ -12,6 +12,7 @@ from llmpare.compress.grid import IntGrid
 from llmpare.compress.lines import Backlog, Lines, block, picked, place
 
 _STRIPS = 8  # that a quadratic form is computed in, each up to the diagonal only: 9/16 of the full square
+_CURVATURES = 3  # copies of the weights that may go into A, of which three are held at a time
 _SMALLEST = 512  # columns; narrower strips do not keep a processor busy
 
 
@@ -48,10 +49,10 @@ class Refinement:
         gram: H, [matrices, columns, columns], with a positive diagonal.
         """
         self._gram, self._grid, self._size = gram, grid, group_size
-        self._zero, self._scale = zero, scale.mT
+        self._zero, self._scale = zero, scale.mT.clone()
         self._offset = zero.mT.repeat_interleave(group_size, dim=1)
         self._centred = codes.mT.contiguous() - self._offset  # codes minus zero points
-        self._slope = gram @ self._quantized(self._scale).neg_().add_(weight.mT)
+        self._slope = gram @ _weights(self._centred, self._scale).neg_().add_(weight.mT)
 
     @property
     def codes(self) -> Tensor:
@@ -106,28 +107,38 @@ class Refinement:
         δ, with A_gk = c_gᵀ·H·c_k and b_g = c_gᵀ·G. Rows where rounding the best scales to the stored precision would
         not pay keep theirs.
         """
-        matrix, wanted = self._curvature(), self._by_group(self._slope * self._centred).mT  # [matrices, rows, groups…]
+        _, groups, rows = self._scale.shape
+        step = max(1, rows * _CURVATURES * self._slope.shape[1] // groups**2)
+        for start in range(0, rows, step):
+            self._refit(slice(start, start + step))
+
+    def _refit(self, part: slice) -> None:
+        """The same for some rows."""
+        slope, centred, scale = self._slope[..., part], self._centred[..., part], self._scale[..., part].mT
+        matrix, wanted = self._curvature(centred), self._by_group(slope * centred).mT  # [matrices, rows, groups…]
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         empty = diagonal <= 0  # a group of zeros only: any scale does, and with 1 on the diagonal it keeps its own
         regular = matrix.clone()
         regular.diagonal(dim1=-2, dim2=-1).add_(diagonal.amax(-1, keepdim=True), alpha=1e-6).add_(empty)
-        best = self.scale + torch.linalg.solve(regular, wanted)
-        best = torch.where(~torch.isfinite(best) | (best == 0), self.scale, best)
+        lower, failed = torch.linalg.cholesky_ex(regular)
+        best = scale + torch.cholesky_solve(wanted.unsqueeze(-1), lower).squeeze(-1)
+        best = torch.where((failed != 0).unsqueeze(-1) | ~torch.isfinite(best) | (best == 0), scale, best)
         fitted = self._grid.round_scale(best)
-        change = fitted - self.scale
+        change = fitted - scale
         gain = change * (2 * wanted - (matrix @ change.unsqueeze(-1)).squeeze(-1))
         worse = gain.sum(-1, keepdim=True) < 0
-        self._slope.baddbmm_(self._gram, self._quantized(change.masked_fill_(worse, 0.0).mT), alpha=-1)
-        self._scale = torch.where(worse, self.scale, fitted).mT
+        slope.baddbmm_(self._gram, _weights(centred, change.masked_fill_(worse, 0.0).mT), alpha=-1)
+        self._scale[..., part] = torch.where(worse, scale, fitted).mT
 
-    def _curvature(self) -> Tensor:
-        """A, [matrices, rows, groups, groups]."""
-        matrices, groups, rows = self._scale.shape
-        found, room = self._slope.new_empty(matrices, rows, groups, groups), torch.empty_like(self._slope)
+    def _curvature(self, centred: Tensor) -> Tensor:
+        """A, [matrices, rows, groups, groups], for codes minus zero points [matrices, columns, rows]."""
+        matrices, columns, rows = centred.shape
+        groups = columns // self._size
+        found, room = centred.new_empty(matrices, rows, groups, groups), centred.new_empty(centred.shape)
         for g in range(groups):
             part, rest = slice(g * self._size, (g + 1) * self._size), slice(g * self._size, None)
-            through = torch.bmm(self._gram[:, rest, part], self._centred[:, part], out=room[:, rest])
-            found[..., g, g:] = found[..., g:, g] = self._by_group(through.mul_(self._centred[:, rest])).mT
+            through = torch.bmm(self._gram[:, rest, part], centred[:, part], out=room[:, rest])
+            found[..., g, g:] = found[..., g:, g] = self._by_group(through.mul_(centred[:, rest])).mT
         return found
 
     def _by_group(self, columns: Tensor) -> Tensor:
@@ -135,7 +146,8 @@ class Refinement:
         sums: Tensor = columns.unflatten(1, (-1, self._size)).sum(2)
         return sums
 
-    def _quantized(self, scale: Tensor) -> Tensor:
-        """The weights [matrices, columns, rows] that the codes are under scales [matrices, groups, rows]."""
-        weights: Tensor = (self._centred.unflatten(1, (-1, self._size)) * scale.unsqueeze(2)).flatten(1, 2)
-        return weights
+
+def _weights(centred: Tensor, scale: Tensor) -> Tensor:
+    """The weights [matrices, columns, rows] that codes minus zero points are under scales [matrices, groups, rows]."""
+    weights: Tensor = (centred.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2)).flatten(1, 2)
+    return weights

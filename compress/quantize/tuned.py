@@ -27,6 +27,7 @@ Forward = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Tensor], Tensor]
 _INSIDE = 0.49  # of a rounding interval: a start from which one small step can change a code
 _SCALE_STEP = 2e-3  # Adam's first step for a and for the gains, both of which begin near 1
 _BETAS = (0.9, 0.98)  # a memory of fifty steps: a tuning has not many more
+_EPSILON = 1e-20  # for what is exactly 0: the size of gradients, which Adam divides by, is that of the activations
 _HELD_BACK = 8  # one window in so many, at least one, judges the rest
 _LOOKS = 10  # at the held-back windows, per tuning
 
@@ -73,27 +74,31 @@ def tune(
             {"params": [*(part.factor for part in parts.values()), *(norm.value for norm in norms.values())]},
         ],
         betas=_BETAS,
+        eps=_EPSILON,
     )
 
-    def error(chosen: Sequence[int]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def run(chosen: Sequence[int]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The block's output for some windows, what it is off by, and what both depend on."""
         hidden, target = pick(chosen)
         leaves = {name: part.weight().to(hidden.dtype).requires_grad_() for name, part in parts.items()}
         gain = {name: norm.stored().to(hidden.dtype).requires_grad_() for name, norm in norms.items()}
-        miss = forward(leaves, gain, hidden).float() - target.float()
-        return miss.square().mean(), leaves, gain
+        out = forward(leaves, gain, hidden)
+        return out, out.detach().float() - target.float(), [*leaves.values(), *gain.values()]
 
     @torch.no_grad()
     def held_back() -> float:
         chunks = [range(start, min(start + windows, count)) for start in range(training, count, windows)]
-        return sum(float(error(chunk)[0]) * len(chunk) for chunk in chunks)
+        return sum(float(run(chunk)[1].square().mean()) * len(chunk) for chunk in chunks)
 
     total = int(steps)
     best, kept = held_back(), _snapshot(parts, norms)
+    unit: Tensor | None = None
     for step in range(total):
         chosen = torch.randperm(training, generator=generator)[:windows].tolist()
         with torch.enable_grad():
-            loss, leaves, gain = error(chosen)
-            gradients = torch.autograd.grad(loss, [*leaves.values(), *gain.values()])
+            out, miss, leaves = run(chosen)
+            unit = _unit(miss) if unit is None else unit
+            gradients = torch.autograd.grad(out, leaves, (miss / unit).to(out.dtype))
         for part, gradient in zip(parts.values(), gradients, strict=False):
             part.take(gradient.float())
         for norm, gradient in zip(norms.values(), gradients[len(parts) :], strict=True):
@@ -106,6 +111,15 @@ def tune(
             if now < best:
                 best, kept = now, _snapshot(parts, norms)
     return kept
+
+
+def _unit(miss: Tensor) -> Tensor:
+    """What to divide the error of the first step by, and so all: the gradient 2·miss/n itself is nothing in float16.
+
+    Adam takes the same steps whatever it is.
+    """
+    tokens = miss[..., 0].numel()
+    return (miss.square().mean() * tokens).sqrt_().clamp_(min=torch.finfo(miss.dtype).tiny)
 
 
 class _Linear:

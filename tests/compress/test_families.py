@@ -1,7 +1,7 @@
 """Whole runs on every family: what is written, what loads it, and whether the report tells the truth about it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, load, measured, reported, request, save, tokens, write
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BartConfig, BartForCausalLM
 
@@ -202,6 +202,40 @@ def test_another_precision_for_the_forward_passes(form: str, tmp_path: Path) -> 
     compressed(tokens())  # compressed-tensors puts the weights into place only now
     again = measured(source, compressed, found.model)
     assert reported(found.report["fidelity"]) == pytest.approx(again, rel=1e-5, abs=1e-6)
+
+
+class StopsAfterBlock(Silent):
+    """A Progress of a run that is stopped when a block is done."""
+
+    def block(self, index: int, total: int, facts: Mapping[str, float]) -> None:
+        raise KeyboardInterrupt
+
+
+def test_text_goes_through_a_block_that_is_left_alone(tmp_path: Path) -> None:
+    """What comes later is calibrated on what that block makes of it, as in a run that takes it up finished."""
+    model = write(tmp_path / "model", "llama")
+    rules = (LayerRule(r"layers\.0\.", None),)
+    asked = [request(model, tmp_path / name, scheme=SCHEME, rules=rules) for name in ("whole", "resumed")]
+    run_quantize(asked[0], Silent())
+    with pytest.raises(KeyboardInterrupt):
+        run_quantize(asked[1], StopsAfterBlock())
+    assert [block["resumed"] for block in run_quantize(asked[1], Silent())["blocks"]] == [True, False]
+    whole, resumed = (load_file(each.out / "model.safetensors") for each in asked)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_matrices_that_share_an_input_may_be_stored_in_several_precisions(method: str, tmp_path: Path) -> None:
+    """Each keeps scales of its own; a run reads its last block back, so all of them must be what was solved for."""
+    model = write(tmp_path / "model", "llama")
+    weights = load_file(model / "model.safetensors")
+    odd = [name for name in weights if name.endswith(("q_proj.weight", "up_proj.weight"))]
+    weights.update({name: weights[name].half() for name in odd})
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    stored = run(model, "compressed-tensors", method=method).tensors()
+    kinds = {stored[name.removesuffix("weight") + "weight_scale"].dtype for name in odd}
+    assert kinds == {torch.float16}
+    assert stored["model.layers.0.self_attn.k_proj.weight_scale"].dtype == torch.bfloat16
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:

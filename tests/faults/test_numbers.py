@@ -67,6 +67,17 @@ def test_24_gram_matrix(
     assert tiny.contents(out.with_name("strict")) == tiny.contents(out)
 
 
+@pytest.mark.parametrize("method", ["alps", "sparsegpt"])
+def test_24_nothing_is_refitted_where_the_method_could_not(
+    llmpare: Llmpare, tmp_path: Path, out: Path, text: tiny.Text, method: str
+) -> None:
+    model = tiny.llama(tmp_path / "model", changes=OVERFLOWING)
+    ended = llmpare(tiny.prune(model, out, text, "--sparsity", "0.5", "--method", method))
+    assert ended.code == 0, ended.err
+    assert "nothing refitted" in ended.err
+    assert report(out)["fidelity"]["kl"]["mean"] < 1
+
+
 def test_25_nonfinite_activations(llmpare: Llmpare, tmp_path: Path, out: Path, text: tiny.Text) -> None:
     model = tiny.llama(tmp_path / "model", changes={DOWN_1: lambda weight: weight * 1e6})
     command = tiny.quantize(model, out, text, "--dtype", "float16")

@@ -93,7 +93,13 @@ def test_34_out_is_occupied(llmpare: Llmpare, model: Path, out: Path, text: tiny
 def test_34_finished_with_other_settings(llmpare: Llmpare, model: Path, out: Path, text: tiny.Text) -> None:
     assert llmpare(tiny.quantize(model, out, text)).code == 0
     before = tiny.contents(out)
-    refused(llmpare, tiny.quantize(model, out, text, "--bits", "3"), 5, "holds something else", "--force")
+    refused(
+        llmpare,
+        tiny.quantize(model, out, text, "--bits", "3"),
+        5,
+        "other settings: request.scheme.bits: 4, now 3",
+        "--force",
+    )
     assert tiny.contents(out) == before
 
 

@@ -113,6 +113,19 @@ def test_43_a_finished_output_is_verified_and_kept(
     assert {path: identity(path) for path in (out, *out.rglob("*"))} == before
 
 
+def test_43_a_finished_output_says_what_the_gates_of_the_last_run_say(
+    llmpare: Llmpare, model: Path, out: Path, text: tiny.Text
+) -> None:
+    """Whoever reads its report later must not find another verdict than the exit code."""
+    assert llmpare(tiny.quantize(model, out, text)).code == 0
+    for gate, code in (("1e-9", 4), ("1000", 0)):
+        assert llmpare(tiny.quantize(model, out, text, "--max-kl", gate)).code == code
+        report = json.loads((out / "report.json").read_bytes())
+        assert (report["passed"], [each["passed"] for each in report["gates"]]) == (code == 0, [code == 0])
+        assert ("**Passed.**" in (out / "report.md").read_text()) == (code == 0)
+        assert llmpare(["verify", str(out)]).code == 0
+
+
 def test_43_what_changes_no_byte_changes_nothing(llmpare: Llmpare, model: Path, out: Path, text: tiny.Text) -> None:
     """A finished output is that of the same settings said in other words, whatever a desktop has left in it."""
     assert llmpare(tiny.quantize(model, out, text, "--device", "auto", "--dtype", "auto")).code == 0

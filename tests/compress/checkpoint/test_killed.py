@@ -116,7 +116,7 @@ def test_a_kill_after_the_rename_is_settled_by_another_spec(out: Path, source: P
     interrupt(out, source, after=("rmdir", 1), force=True)
     assert names(out.parent) == ["out", "out.replaced"]
     assert verify(out)
-    with pytest.raises(OutputError, match="holds something else"):
+    with pytest.raises(OutputError, match="was made with other settings: "):
         produce(out, source, spec={"other": 1})
     assert names(out.parent) == ["out"]
     assert "lock" not in names(out)

@@ -140,6 +140,7 @@ def test_a_killed_run_resumes_to_the_same_weights(place: Place, whole: Path, tmp
     assert weights(out) == weights(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(place: Place, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llmpare.cli"]

@@ -63,6 +63,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_pupil_learns_what_a_whole_one_does(tmp_path: Path) -> None:
     """By PyTorch's own sharding, over two processes on the CPU: blocks apart, exits and the shared head included."""
     script = tmp_path / "sharded.py"

@@ -156,6 +156,26 @@ def test_refitted_scales_are_the_least_squares_solution(bits: int, size: int, sy
     assert (p.loss(p.codes, found) < p.loss(p.codes, start)).all()
 
 
+def test_scales_are_refitted_a_few_rows_at_a_time_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = Problem(8, IntGrid(3, True), rows=7, size=8)
+    whole = p.refit(p.codes, p.scale * 1.1)
+    monkeypatch.setattr(refine, "_CURVATURES", 0)
+    torch.testing.assert_close(p.refit(p.codes, p.scale * 1.1), whole)
+
+
+@pytest.mark.parametrize("groups", [150, 300])
+def test_hundreds_of_groups(groups: int) -> None:
+    """On several threads, where not every LAPACK solves batches of that size."""
+    p = Problem(6, IntGrid(4, True), rows=3, columns=8 * groups, size=8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = p.refit(p.codes, p.scale * 1.1)
+    finally:
+        torch.set_num_threads(threads)
+    assert (p.loss(p.codes, found) < p.loss(p.codes, p.scale)).all()
+
+
 def test_the_steps_go_on_from_where_the_one_before_left_off() -> None:
     """In one refinement, or each in one of its own from the codes and scales of the last."""
     p = Problem(9, IntGrid(3, False, torch.bfloat16), rows=32)

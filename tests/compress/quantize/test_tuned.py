@@ -33,10 +33,16 @@ class Problem:
         return self.hidden[chosen], self.target[chosen]
 
     def tune(
-        self, *, steps: float = 30, step_size: float = 0.01, windows: int = 4, seed: int = 0
+        self,
+        *,
+        steps: float = 30,
+        step_size: float = 0.01,
+        windows: int = 4,
+        seed: int = 0,
+        run: tuned.Forward = forward,
     ) -> tuple[dict[str, Solved], dict[str, Tensor]]:
         return tuned.tune(
-            forward,
+            run,
             self.pick,
             len(self.hidden),
             self.starts,
@@ -125,6 +131,37 @@ def test_what_rounding_lost_is_partly_won_back(symmetric: bool, size: int) -> No
     solved, gains = p.tune(steps=60, step_size=0.02)
     assert fresh.loss(solved, gains, slice(None)) < 0.85 * fresh.start_loss(slice(None))
     assert any(not torch.equal(solved[name].codes, p.starts[name].solved.codes) for name in solved)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e3])
+def test_the_size_of_activations_does_not_matter(size: float) -> None:
+    """Nothing is lost in gradients however small the block's output is."""
+    plain, scaled = problem(1), problem(1)
+    scaled.target = scaled.target * size
+    expected, _ = plain.tune()
+    found, _ = scaled.tune(run=lambda weights, gains, hidden: forward(weights, gains, hidden) * size)
+    assert all((found[name].codes == expected[name].codes).float().mean() > 0.97 for name in found)
+    assert any(not torch.equal(found[name].codes, scaled.starts[name].solved.codes) for name in found)
+
+
+def test_small_activations_are_tuned_in_float16_too() -> None:
+    """Where the gradient of a mean square over all of them is nothing."""
+    ratios = []
+    for dtype in (torch.float32, torch.float16):
+        p = problem(1, dtype=dtype, count=48)
+        p.target = p.target * 1e-3
+
+        def run(weights: Mapping[str, Tensor], gains: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+            return forward(weights, gains, hidden) * 1e-3
+
+        def lost(solved: Mapping[str, Solved], gains: Mapping[str, Tensor], p: Problem = p) -> float:
+            weights = {name: part.weight().to(p.hidden.dtype) for name, part in solved.items()}
+            out = run(weights, {name: gain.to(p.hidden.dtype) for name, gain in gains.items()}, p.hidden)
+            return float((out.double() - p.target.double()).square().mean())
+
+        before = lost({name: start.solved for name, start in p.starts.items()}, p.gains)
+        ratios.append(lost(*p.tune(steps=60, run=run)) / before)
+    assert ratios[1] < 0.6  # float32: 0.4
 
 
 def test_gains_are_trained_too() -> None:

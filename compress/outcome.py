@@ -58,7 +58,7 @@ def describe(job: Job, done: Done) -> dict[str, Any]:
     size = build.size(
         source_bytes=plan.source_bytes,
         output_bytes=plan.output_bytes,
-        linear_bytes=plan.linear_bytes,
+        linear_bytes=plan.linear_bytes if plan.reshaped is None else None,
         parameters_total=plan.parameters,
         parameters_compressed=sum(linear.rows * linear.columns for linear in compressed),
     )

@@ -142,7 +142,7 @@ def _refuse_other(out: Path, wanted: Identity, *, force: bool) -> None:
     if force or not (out / publish.MANIFEST).exists():
         return
     there = read_identity(out)
-    require(out, there, wanted, hint="name another folder, or --force to replace it")
+    require(out, there, wanted, hint="name another folder, or remove this one")
 
 
 def _fill(source: DenseSource, ids: Tensor, folder: Path, identity: Identity, journal: Journal, setup: Setup) -> None:

@@ -102,7 +102,8 @@ class CachedTeacher:
             path = self.folder / file_name(number)
             if sha256_file(path) != self._digests.get(path.name):
                 raise InputError(
-                    f"{shown(path)} is damaged: its sha256 is not that of the manifest", "make it again with --force"
+                    f"{shown(path)} is damaged: its sha256 is not that of the manifest",
+                    "remove the folder, and it is made again",
                 )
             self._files[number] = safetensors.safe_open(path, framework="pt")
         file = self._files[number]

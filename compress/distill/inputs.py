@@ -9,6 +9,7 @@ from llmpare.compress.checkpoint.files import read_file
 from llmpare.compress.checkpoint.read import CONFIG, MAX_CONFIG
 from llmpare.compress.distill.cache import read_identity
 from llmpare.compress.distill.plan import DistillPlan
+from llmpare.compress.evaluate.models import digest
 from llmpare.compress.formats.decoded import DenseSource, open_dense
 from llmpare.compress.texts import Texts
 from llmpare.compress.tokenizer import load_tokenizer
@@ -60,7 +61,7 @@ def spec(plan: DistillPlan, teacher: DenseSource, texts: Texts) -> dict[str, Any
     student: dict[str, Any] | None = None
     if plan.student.folder is not None:
         with open_dense(plan.student.folder) as source:
-            student = _identity(source)
+            student = {**_identity(source), "weights_sha256": digest(source)}  # it is what the training begins with
     elif request.student_config is not None:
         data = bytes(read_file(request.student_config, limit=MAX_CONFIG))
         student = {"config_sha256": hashlib.sha256(data).hexdigest()}

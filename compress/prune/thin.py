@@ -156,10 +156,10 @@ class ThinBlocks:
         module = self._models.dense.skeleton.module(gain.removesuffix(".weight"))
         weight = module.weight
         assert isinstance(weight, Tensor)
-        probe = torch.ones(1, len(weight), device=weight.device, dtype=weight.dtype)
+        probe = torch.linspace(-1, 2, len(weight)).to(weight)  # not constant: norms may take off the mean
         with torch.no_grad():
             at_zero, at_one = (
-                float(functional_call(module, {"weight": torch.full_like(weight, value)}, probe)[0, 0])
+                float(functional_call(module, {"weight": torch.full_like(weight, value)}, probe[None])[0, -1])
                 for value in (0.0, 1.0)
             )
         return round(at_zero / (at_one - at_zero))

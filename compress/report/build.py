@@ -12,21 +12,23 @@ def size(
     *,
     source_bytes: int,
     output_bytes: int,
-    linear_bytes: int,
+    linear_bytes: int | None,
     parameters_total: int,
     parameters_compressed: int,
 ) -> dict[str, Any]:
     """The report's `size` section.
 
     source_bytes, output_bytes: tensor bytes of the model and of the output. linear_bytes: what the compressed
-    linears take in the output with everything that belongs to them except biases (codes, scales, zero points).
+    linears take in the output with everything that belongs to them except biases (codes, scales, zero points); None
+    where they are smaller matrices, of which bits per weight say nothing.
     parameters_compressed: weights in those linears.
     """
+    bits = 8 * linear_bytes / parameters_compressed if linear_bytes is not None and parameters_compressed else None
     return {
         "source_bytes": source_bytes,
         "output_bytes": output_bytes,
         "ratio": output_bytes / source_bytes,
-        "linear_bits_per_weight": 8 * linear_bytes / parameters_compressed if parameters_compressed else None,
+        "linear_bits_per_weight": bits,
         "parameters_total": parameters_total,
         "parameters_compressed": parameters_compressed,
         "share_compressed": parameters_compressed / parameters_total,

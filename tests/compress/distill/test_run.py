@@ -89,6 +89,17 @@ def test_the_same_command_again_verifies(place: Place, whole: Path) -> None:
     assert tiny.contents(whole) == before
 
 
+def test_another_student_of_the_same_shape_makes_another_output(
+    place: Place, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(place.student, tmp_path / "student")
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-2] ^= 1  # of the last weight, a bit that does not say how large it is
+    (other / "model.safetensors").write_bytes(data)
+    assert main(place.command(whole, "--student", str(other))) == 5
+    assert "was made with other settings: student.weights_sha256" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_command_goes_on(
     place: Place, whole: Path, signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

@@ -162,6 +162,14 @@ def test_residual_channels_that_hold_nothing_leave_at_no_cost(tmp_path: Path) ->
     assert ratio < 1e-4
 
 
+def test_norms_that_take_off_the_mean(tmp_path: Path) -> None:
+    model = families.write(tmp_path / "model", "cohere")
+    report = run_prune(request(model, tmp_path / "out", hidden=0.75), Silent())
+    assert report["size"]["linear_bits_per_weight"] is None  # they are as wide as before, of fewer weights
+    measured = families.measured(families.load(model), families.load(tmp_path / "out"), model)
+    assert families.reported(report["fidelity"]) == pytest.approx(measured, rel=1e-4)
+
+
 def test_a_family_that_scales_embeddings_by_the_width_is_refused_by_name(tmp_path: Path) -> None:
     model = families.write(tmp_path / "model", "gemma3_text")
     with pytest.raises(UnsupportedError, match="Gemma3ForCausalLM scales its embeddings"):

@@ -271,8 +271,11 @@ class Pass:
 
 
 def _digests(block: nn.Module) -> dict[str, str]:
-    """The sha256 of every parameter as float32, which holds those of less precision exactly."""
-    return {n: hashlib.sha256(to_bytes(parameter.float())).hexdigest() for n, parameter in block.named_parameters()}
+    """The sha256 of every parameter as float32, which holds those of less precision exactly, with one kind of zero."""
+    found = {}
+    for name, parameter in block.named_parameters():
+        found[name] = hashlib.sha256(to_bytes(parameter.float() + 0.0)).hexdigest()
+    return found
 
 
 def _unit(index: int) -> str:

@@ -76,7 +76,7 @@ class Walk:
         tensors = {name: from_info(self._source.read(name), self._source.tensors[name]) for name in names}
         for name, tensor in tensors.items():
             # a finite sum has finite terms only; one that is not may have overflowed, so it is looked at closely
-            if not tensor.is_floating_point() or tensor.sum().isfinite():
+            if not tensor.is_floating_point() or _sum(tensor).isfinite():
                 continue
             broken = int((~tensor.isfinite()).sum())
             if broken and not self._plan.request.allow_nonfinite:
@@ -87,3 +87,8 @@ class Walk:
             if name in self._plan.changed:
                 tensor.nan_to_num_(0.0, 0.0, 0.0)
         return tensors
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """Also of numbers of one byte, which torch does not add up."""
+    return tensor.float().sum() if tensor.itemsize == 1 else tensor.sum()

@@ -64,7 +64,7 @@ def _record(path: Path, tensors: Mapping[str, str]) -> dict[str, Any]:
     if path.suffix == ".safetensors" and (damaged := _damaged_tensor(path, tensors)) is not None:
         raise OutputError(
             f"{shown(path)}: what the disk holds of tensor {shown(damaged)} is not what was written",
-            "check the disk, then run the same command with --restart",
+            "check the disk, then run the same command again: it makes that part anew",
         )
     with reading(path):
         return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}

@@ -23,7 +23,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def to_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """A CPU tensor over the same memory."""
+    """A CPU tensor over the same memory; its bytes, if torch has no such numbers: they can be copied all the same."""
+    if dtype not in DTYPES:
+        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     if not data:
         return torch.empty(shape, dtype=DTYPES[dtype])
     return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)

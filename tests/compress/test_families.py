@@ -204,6 +204,16 @@ def test_another_precision_for_the_forward_passes(form: str, tmp_path: Path) -> 
     assert reported(found.report["fidelity"]) == pytest.approx(again, rel=1e-5, abs=1e-6)
 
 
+def test_tensors_of_any_kind_that_no_module_claims_are_copied(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", "llama")
+    kinds = {torch.float8_e4m3fn: 1.5, torch.uint16: 7, torch.complex64: 1 + 2j, torch.bool: True}
+    extra = {f"model.layers.{i % 3}.extra{i}": torch.full((2, 3), v, dtype=k) for i, (k, v) in enumerate(kinds.items())}
+    save_file({**load_file(model / "model.safetensors"), **extra}, model / "model.safetensors", {"format": "pt"})
+    found = run(model, "compressed-tensors").tensors()
+    assert all(found[name].dtype == tensor.dtype for name, tensor in extra.items())
+    assert all(torch.equal(found[n].view(torch.uint8), t.view(torch.uint8)) for n, t in extra.items())
+
+
 class StopsAfterBlock(Silent):
     """A Progress of a run that is stopped when a block is done."""
 

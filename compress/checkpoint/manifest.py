@@ -71,10 +71,11 @@ def _record(path: Path, tensors: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _damaged_tensor(path: Path, tensors: Mapping[str, str]) -> str | None:
-    """The first tensor in a shard whose sha256 is another one. Raises InputError for a header that is none."""
+    """The first tensor in a file whose sha256 is another one. Raises InputError for a header that is none."""
     with opened(path) as fd:
         for tensor in read_header(fd, path):
-            if sha256_at(fd, tensor.start, tensor.nbytes, path) != tensors.get(tensor.name):
+            known = tensors.get(tensor.name)  # not of what a teacher's predictions are kept in
+            if known is not None and sha256_at(fd, tensor.start, tensor.nbytes, path) != known:
                 return tensor.name
     return None
 
@@ -127,7 +128,9 @@ def _damaged_part(path: Path, tensors: Mapping[str, str]) -> str:
         damaged = _damaged_tensor(path, tensors)
     except InputError:
         damaged = None
-    return " in its header" if damaged is None else f" in tensor {shown(damaged)}"
+    if damaged is not None:
+        return f" in tensor {shown(damaged)}"
+    return " in its header" if tensors else ""
 
 
 def _listing(folder: Path) -> dict[str, Path]:

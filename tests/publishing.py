@@ -36,7 +36,7 @@ def produce(
         settle(out)
         verify(out)
         return []
-    with Workspace(out, force=force, restart=restart) as workspace:
+    with Workspace(out, force=force, restart=restart, spec=spec) as workspace:
         manifest = workspace.pending(spec)
         messages = [*workspace.messages]
         if manifest is None:

@@ -62,12 +62,12 @@ class Workspace:
     """
 
     def __init__(self, out: Path, *, force: bool, restart: bool, spec: Mapping[str, Any] | None = None) -> None:
-        """spec: what is asked for, to say in what a finished OUT is another one."""
+        """spec: what is asked for, to say in what a finished OUT differs from it."""
         self.out = destination(out)
         self.partial = _sibling(self.out, ".partial")
         self.journal = self.partial / JOURNAL
         self.messages: list[str] = []
-        self._spec = spec or {}
+        self._spec = spec
         self._force = force
         self._restart = restart
         self._lock: int | None = None
@@ -157,8 +157,9 @@ class Workspace:
 
     def _occupant(self, entries: Sequence[str]) -> str:
         with suppress(InputError):
-            differing = differences(read_manifest(self.out)["spec"], self._spec)
-            return f"was made with other settings: {differing}"
+            found = read_manifest(self.out)["spec"]
+            if self._spec is not None:
+                return f"was made with other settings: {differences(found, self._spec)}"
         return f"holds something else, {shown(entries[0])} for example"
 
     def _tidy(self) -> None:

@@ -126,7 +126,11 @@ class Checkpoint:
 
     def hash(self) -> None:
         """Completes `digests` with those of tensors that were not read, and holds none of them."""
-        for name in self.tensors.keys() - self.digests.keys():
+        self.hash_all(self.tensors)
+
+    def hash_all(self, names: Iterable[str]) -> None:
+        """The same for some tensors."""
+        for name in set(names) - self.digests.keys():
             tensor = self.tensors[name]
             shard = self._shards[tensor.shard]
             self.digests[name] = sha256_at(shard.fd, tensor.start, tensor.nbytes, shard.path)

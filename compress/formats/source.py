@@ -51,8 +51,10 @@ class LowPrecision(Checkpoint):
         return data
 
     def hash(self) -> None:
-        """See Checkpoint."""
-        self._dense.checkpoint.hash()
+        """See Checkpoint; of what `read` would look at."""
+        packed = [self._dense.packed[name] for name in self.tensors if name in self._dense.packed]
+        parts = [info.name for linear in packed for info in linear.parts.values()]
+        self._dense.checkpoint.hash_all([*parts, *(self.tensors.keys() - self._dense.packed.keys())])
 
     def digest(self, name: str) -> str:
         """One for all the tensors that a decoded one is made of."""

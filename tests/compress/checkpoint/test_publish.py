@@ -131,7 +131,7 @@ def test_occupied(out: Path, source: Path) -> None:
 def test_a_finished_output_with_another_spec_is_occupied(out: Path, source: Path) -> None:
     produce(out, source)
     before = contents(out)
-    with pytest.raises(OutputError, match="--force|holds something else"):
+    with pytest.raises(OutputError, match='settings: layers: ."a", "b".,.now null; other: null, now 1; scheme'):
         produce(out, source, spec={"other": 1})
     assert contents(out) == before
 

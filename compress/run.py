@@ -113,9 +113,8 @@ def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> di
     versions = {"llmpare": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
     begun = {**spec, "versions": versions, "device": job.device.type, "dtype": job.plan.dtype}
     with Journal(workspace.journal, begun) as journal:
-        taken_up = sum(unit.startswith("block") for unit in journal.done)
-        if taken_up:
-            job.progress.phase(f"resuming, {taken_up} of {len(job.plan.layout.blocks)} blocks are done")
+        if finished := _blocks_done(journal):
+            job.progress.phase(f"resuming, {finished} of {len(job.plan.layout.blocks)} blocks are done")
         try:
             job = _surveyed(job, journal)
             with CheckpointWriter(job.folder, job.plan.specs) as writer, _spill(job) as spill:
@@ -169,14 +168,17 @@ def _fitting(job: Job, journal: Journal, work: Callable[[int], _Found]) -> _Foun
     """
 
     def failure(batch: int, error: Exception) -> MemoryLimitError:
-        done = sum(unit.startswith("block") for unit in journal.done)
         return MemoryLimitError(
-            f"the device ran out of memory in block {done}: {error}",
+            f"the device ran out of memory in block {_blocks_done(journal)}: {error}",
             "the same command resumes there, with a larger device, fewer --nsamples, or --device cpu",
         )
 
     batch = max(1, batch_tokens(job.device.type) // job.plan.seqlen)
     return devices.fitting(work, batch, job.progress, failure)
+
+
+def _blocks_done(journal: Journal) -> int:
+    return sum(unit.startswith("block") for unit in journal.done)
 
 
 def _attempt(job: Job, writer: CheckpointWriter, journal: Journal, spill: Spill | None, batch: int) -> Done:

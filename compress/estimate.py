@@ -121,11 +121,11 @@ def needs_of(
     found = Needs(
         process=process(),
         outside=sum(sizes[name] for name in layout.outside) * models,
-        entering=max(loaded) * models,
+        entering=max(loaded) * models + checkpoint.decoding,
         head=max((sizes[name] for name in layout.outside), default=0),
         # experts are copied into their place, and what becomes of them waits until all of a block are done
         block=int(max(blocks) * (work.blocks + (2 if layout.experts else 0))) * models,
-        following=max(sum(tensors[name].nbytes for name in block) for block in layout.blocks),
+        following=max(sum(tensors[name].nbytes for name in block) for block in layout.blocks) + checkpoint.decoding,
         # and of all experts of a mixture together
         statistics=4 * (grams + max((n.columns**2 for n in layout.experts), default=0)) if text else 0,
         solving=max(

@@ -96,8 +96,8 @@ class Checkpoint:
             on_failure.pop_all()
         return checkpoint
 
-    def read(self, name: str) -> bytearray:
-        """The bytes of one tensor; safe in any thread.
+    def read(self, name: str) -> bytearray | memoryview:
+        """The bytes of one tensor, in memory of their own; safe in any thread.
 
         Raises InputError when the file ends early, and when a tensor that was read before has changed since.
         """
@@ -114,6 +114,11 @@ class Checkpoint:
     def scheme(self) -> str:
         """How the weights are stored."""
         return DENSE
+
+    @property
+    def decoding(self) -> int:
+        """Bytes that reading a tensor takes beside the tensor, at most."""
+        return 0
 
     @property
     def weight_bytes(self) -> int:

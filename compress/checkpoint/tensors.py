@@ -22,7 +22,7 @@ DTYPES: dict[str, torch.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def to_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
+def to_tensor(data: bytearray | memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """A CPU tensor over the same memory; its bytes, if torch has no such numbers: they can be copied all the same."""
     if dtype not in DTYPES:
         return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
@@ -31,7 +31,7 @@ def to_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
     return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)
 
 
-def from_info(data: bytearray, info: TensorInfo) -> Tensor:
+def from_info(data: bytearray | memoryview, info: TensorInfo) -> Tensor:
     """The tensor that `info` describes."""
     return to_tensor(data, info.dtype, info.shape)
 

@@ -11,7 +11,7 @@ from typing import Any
 from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.formats import reading
 from llmpare.compress.formats.decoded import DenseSource
-from llmpare.compress.formats.reading.packed import modules
+from llmpare.compress.formats.reading.packed import DECODING, modules
 
 _ACTIVATIONS = ("input_activations", "output_activations")
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point", "activation_scale")
@@ -40,13 +40,18 @@ class LowPrecision(Checkpoint):
         """See Checkpoint."""
         return self._dense.weight_bytes
 
-    def read(self, name: str) -> bytearray:
+    @property
+    def decoding(self) -> int:
+        """See Checkpoint."""
+        return max((linear.nbytes for linear in self._dense.packed.values()), default=0) + DECODING
+
+    def read(self, name: str) -> bytearray | memoryview:
         """The bytes of one tensor in the precision that `tensors` says, decoded if need be; safe in any thread."""
         if name not in self._dense.packed:
             return self._dense.checkpoint.read(name)
         from llmpare.compress.checkpoint.tensors import DTYPES, to_bytes
 
-        data = bytearray(to_bytes(self._dense.tensor(name, DTYPES[self.tensors[name].dtype])))
+        data = to_bytes(self._dense.tensor(name, DTYPES[self.tensors[name].dtype]))
         self.bytes_read = self._dense.checkpoint.bytes_read
         return data
 

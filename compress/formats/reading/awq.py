@@ -55,7 +55,7 @@ class Awq(Packed):
         codes = _unpack(tensors["qweight"]).t().contiguous()
         zero = _unpack(tensors["qzeros"]).t().float()
         scale = finite(self.parts["scales"], tensors["scales"]).t()
-        return dequantize(codes, scale, zero, None).to(dtype)
+        return dequantize(codes, scale, zero, None, dtype)
 
 
 def _unpack(packed: "Tensor") -> "Tensor":

@@ -92,7 +92,7 @@ class CompressedTensors(Packed):
         zero = self._zero(tensors, scale)
         index = self._index(tensors)
         per_row = (self._per_row(scale), None if zero is None else self._per_row(zero))
-        return dequantize(self._codes(tensors), *per_row, index).to(dtype)
+        return dequantize(self._codes(tensors), *per_row, index, dtype)
 
     def _codes(self, tensors: "Mapping[str, Tensor]") -> "Tensor":
         if self.packing is None:

@@ -58,7 +58,7 @@ class Fp8(Packed):
         height, width = self.block
         scale = finite(self.parts["weight_scale_inv"], tensors["weight_scale_inv"])
         scale = scale.reshape(-(-self.rows // height), -1).repeat_interleave(height, 0)[: self.rows]
-        return dequantize(tensors["weight"], scale, None, torch.arange(self.columns) // width).to(dtype)
+        return dequantize(tensors["weight"], scale, None, torch.arange(self.columns) // width, dtype)
 
 
 def _linear(checkpoint: Checkpoint, name: str, leaves: Leaves, block: tuple[int, int] | None) -> Fp8:

@@ -74,7 +74,7 @@ class Gptq(Packed):
         index = None
         if "g_idx" in tensors:
             index = grouped(self.parts["g_idx"], tensors["g_idx"], scale.shape[1], self.columns)
-        return dequantize(codes, scale, zero, index).to(dtype)
+        return dequantize(codes, scale, zero, index, dtype)
 
 
 def _linear(checkpoint: Checkpoint, name: str, leaves: Leaves, quantization: Mapping[str, Any], less: int) -> Gptq:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.errors import InputError
-from llmpare.compress.formats.reading.packed import Leaves, Packed, dense_dtype, expect, need
+from llmpare.compress.formats.reading.packed import Leaves, Packed, dense_dtype, expect, need, strips
 
 if TYPE_CHECKING:
     import torch
@@ -50,11 +50,17 @@ class Mxfp4(Packed):
         """The weights [experts, columns, rows of one]."""
         import torch
 
-        table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
-        blocks = tensors["blocks"]
-        numbers = torch.stack((table[(blocks & 15).long()], table[(blocks >> 4).long()]), dim=-1).flatten(-2)
-        weight = torch.ldexp(numbers, tensors["scales"].to(torch.int32).sub_(_BIAS).unsqueeze(-1)).flatten(-2)
-        return weight.to(dtype).transpose(1, 2).contiguous()
+        codes, numbers = torch.arange(256), torch.tensor([*_E2M1, *(-value for value in _E2M1)])
+        pairs = torch.stack((numbers[codes & 15], numbers[codes >> 4]), dim=-1).view(torch.int64).flatten()
+        powers = torch.ldexp(torch.ones(256), codes - _BIAS)
+        blocks, scales = tensors["blocks"], tensors["scales"]
+        weight = torch.empty(self.shape, dtype=dtype)
+        for expert, own in enumerate(weight):
+            for part in strips(blocks.shape[1], self.columns):
+                decoded = pairs[blocks[expert, part].int()].view(torch.float32)
+                decoded.mul_(powers[scales[expert, part].int()].unsqueeze(-1))
+                own[:, part] = decoded.flatten(1).to(dtype).t()
+        return weight
 
 
 def _experts(checkpoint: Checkpoint, module: str, leaves: Leaves, name: str) -> Mxfp4:

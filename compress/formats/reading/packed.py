@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ Leaves = Mapping[str, TensorInfo]  # the tensors of one module, by what follows 
 FLOATS = ("F32", "F16", "BF16")
 _CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _HINT = "download the model again"
+_AT_ONCE = 1 << 20  # weights
+DECODING = 48 * _AT_ONCE  # bytes that decoding so many takes beside the result, at most
 
 
 @dataclass(frozen=True)
@@ -118,22 +120,35 @@ def grouped(info: TensorInfo, index: "Tensor", groups: int, columns: int) -> "Te
     return None if runs else index.long()
 
 
-def dequantize(codes: "Tensor", scale: "Tensor", zero: "Tensor | None", index: "Tensor | None") -> "Tensor":
-    """(code − zero point) · scale in float32, [rows, columns].
+def strips(rows: int, columns: int) -> Iterator[slice]:
+    """Runs of rows that are decoded at once, so that it takes little memory beside the result: see DECODING."""
+    step = max(1, _AT_ONCE // columns)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def dequantize(
+    codes: "Tensor", scale: "Tensor", zero: "Tensor | None", index: "Tensor | None", dtype: "torch.dtype"
+) -> "Tensor":
+    """(code − zero point) · scale, formed in float32 and rounded to `dtype`, [rows, columns].
 
     codes [rows, columns] of any type; scale and zero [rows, groups] float32; index [columns]: the group of every
     column, None for runs of equal length. Codes of 8 bits less their zero point are exact in every float type, and
     so is their product with a scale of 16 bits in float32: rounded to the type of the scale, it is the product that
     loaders form in that type.
     """
-    weight = codes.float()
-    if index is None:
-        runs, scale = weight.view(len(weight), scale.shape[1], -1), scale.unsqueeze(-1)
-        zero = None if zero is None else zero.unsqueeze(-1)
-    else:
-        runs, scale = weight, scale[:, index]
-        zero = None if zero is None else zero[:, index]
-    if zero is not None:
-        runs.sub_(zero)
-    runs.mul_(scale)
+    import torch
+
+    weight = torch.empty(codes.shape, dtype=dtype)
+    for part in strips(*codes.shape):
+        own = codes[part].float()
+        runs = own.view(len(own), scale.shape[1], -1) if index is None else own
+        if zero is not None:
+            runs.sub_(_of_columns(zero[part], index))
+        runs.mul_(_of_columns(scale[part], index))
+        weight[part] = own
     return weight
+
+
+def _of_columns(values: "Tensor", index: "Tensor | None") -> "Tensor":
+    """What there is one of per group, [rows, groups], in the shape that columns are in."""
+    return values.unsqueeze(-1) if index is None else values[:, index]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -210,3 +212,36 @@ def test_another_weight_is_noticed(tmp_path: Path) -> None:
             assert source.weight_bytes == dense.weight_bytes
             digests.append(source.digest(f"{name}.weight"))
     assert digests[0] != digests[1]
+
+
+LARGE = 8192
+READ = """
+import sys
+from pathlib import Path
+from llmpare.compress import memory
+from llmpare.compress.checkpoint import tensors
+from llmpare.compress.formats.source import open_source
+with open_source(Path(sys.argv[1])) as source:
+    before = memory.resident()
+    data = source.read(sys.argv[2])
+    print(len(data), source.decoding, memory.peak_resident() - before)
+"""
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_decoding_takes_the_memory_that_is_counted(method: str, tmp_path: Path) -> None:
+    """However large the tensor is: what it is made of, the tensor, and a fixed amount."""
+    if method == "fp8":
+        tensors = deepseek("large", torch.ones(LARGE, LARGE, dtype=torch.bfloat16))
+        quantization, name = {"quant_method": method, "weight_block_size": list(BLOCK)}, "large.weight"
+    else:
+        blocks = torch.full((4, LARGE // 4, LARGE // 32, 16), 0x22, dtype=torch.uint8)
+        tensors = {"large_blocks": blocks, "large_scales": torch.full(blocks.shape[:3], 127, dtype=torch.uint8)}
+        quantization, name = {"quant_method": method}, ".large"
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    write_config(tmp_path, {"dtype": "bfloat16", "quantization_config": quantization})
+    done = subprocess.run([sys.executable, "-c", READ, tmp_path, name], capture_output=True, text=True, check=True)
+    size, beside, taken = map(int, done.stdout.split())
+    assert size == 2 * LARGE**2
+    assert beside < size
+    assert 0.9 * size < taken < size + beside

@@ -186,7 +186,7 @@ def prune(
         from llmpare.compress.plan import plan_prune
 
         planned = plan_prune(request)
-        output.lines(planned.lines(), planned.to_json())
+        output.plan(planned)
         return
     with Watcher(output) as watcher:
         from llmpare.compress.run import run_prune
@@ -258,7 +258,7 @@ def distill(
         from llmpare.compress.distill.plan import plan_distill
 
         planned = plan_distill(request)
-        output.lines(planned.lines(), planned.to_json())
+        output.plan(planned)
         return
     with Watcher(output) as watcher:
         from llmpare.compress.distill.run import run_distill
@@ -367,7 +367,7 @@ def _show_plan(output: Output, request: QuantizeRequest) -> None:
     from llmpare.compress.plan import plan_quantize
 
     planned = plan_quantize(request)
-    output.lines(planned.lines(), planned.to_json())
+    output.plan(planned)
 
 
 def _show_report(output: Output, out: Path | None, report: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from llmpare.compress.errors import OutputError
 from llmpare.compress.report import show
@@ -23,6 +23,16 @@ CLEAR_LINE = "\r\x1b[K"
 
 class StdoutClosed(Exception):
     """Whoever was reading our stdout has gone, as in `llmpare plan … | head`."""
+
+
+class Plan(Protocol):
+    """What a command would do."""
+
+    def lines(self) -> list[str]:
+        """For people."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
 
 
 class Output:
@@ -131,6 +141,13 @@ class Output:
     def lines(self, lines: Iterable[str], data: Mapping[str, Any]) -> None:
         """A result of several lines."""
         self.result("\n".join(show.printable(line) for line in lines), data)
+
+    def plan(self, plan: Plan) -> None:
+        """A plan, which is made into text or data, not both: some models have ten thousands of tensors."""
+        if self._as_json:
+            self.result("", plan.to_json())
+        else:
+            self.lines(plan.lines(), {})
 
     def path(self, path: Path, data: Mapping[str, Any]) -> None:
         """A result that is a folder, which is complete whether or not stdout can take its name."""

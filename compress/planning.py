@@ -17,6 +17,7 @@ from llmpare.compress import hardware, memory
 from llmpare.compress.calibration import DEFAULT_SEQLEN
 from llmpare.compress.checkpoint import locate
 from llmpare.compress.checkpoint.files import destination, nested
+from llmpare.compress.checkpoint.header import TensorInfo
 from llmpare.compress.checkpoint.read import DENSE, Checkpoint
 from llmpare.compress.checkpoint.write import TensorSpec, weight_files
 from llmpare.compress.errors import InputError, UsageError
@@ -32,6 +33,7 @@ class Subject:
 
     model: Path
     layout: Layout
+    tensors: Mapping[str, TensorInfo]  # of the source by name; if that is in low precision, of the dense model
     device: str  # the kind of device, cpu or cuda
     dtype: str  # the precision of the forward passes, as safetensors spells it
     seqlen: int
@@ -175,10 +177,9 @@ class Plan(Subject, ABC):
         return lines + [f"note     {warning}" for warning in self.warnings]
 
     def _fates(self) -> Iterator[tuple[str, list[int], str, str]]:
-        with open_source(self.model) as checkpoint:
-            tensors = checkpoint.tensors
         for name in (*self.layout.outside, *(name for block in self.layout.blocks for name in block)):
-            yield name, list(tensors[name].shape), tensors[name].dtype, self.fate(name)
+            info = self.tensors[name]
+            yield name, list(info.shape), info.dtype, self.fate(name)
 
 
 @contextmanager
@@ -200,6 +201,7 @@ def opened(request: RunRequest, device: str | None = None) -> Iterator[tuple[Che
             Subject(
                 model=model,
                 layout=found,
+                tensors=checkpoint.tensors,
                 device=device,
                 dtype=hardware.forward_dtype(request.dtype, _stored(found), device),
                 seqlen=request.calibration.seqlen or min(DEFAULT_SEQLEN, longest),

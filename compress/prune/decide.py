@@ -70,7 +70,6 @@ def plan_shrink(request: ShrinkRequest, device: str | None = None) -> ShrinkPlan
             warnings=(),
             cut=cut,
             original=config,
-            tensors=checkpoint.tensors,
             **_decisions(cut, found, config, checkpoint.tensors),
         )
     plan = replace(plan, specs=plan.all_specs())

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from llmpare.compress.checkpoint.read import TensorInfo
 from llmpare.compress.checkpoint.write import TensorSpec
 from llmpare.compress.errors import UnsupportedError, UsageError
 from llmpare.compress.estimate import Work, needs_of
@@ -29,14 +28,13 @@ class ExpertPlan(Plan):
     """The fate of every tensor when whole experts are removed.
 
     count: experts of every mixture; keep: how many remain. groups: in how many the router chooses, which stay equally
-    large. original: the source's config.json. tensors: the source's headers.
+    large. original: the source's config.json.
     """
 
     count: int
     keep: int
     groups: int
     original: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
 
     @property
     def compressed(self) -> Sequence[Linear]:
@@ -179,7 +177,6 @@ def plan_experts(request: ShrinkRequest, device: str | None = None) -> ExpertPla
             keep=keep,
             groups=groups,
             original=config,
-            tensors=checkpoint.tensors,
         )
     return replace(plan, specs=tuple(plan.all_specs()))
 

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 from llmpare.compress.checkpoint.header import tensor_bytes
-from llmpare.compress.checkpoint.read import TensorInfo
 from llmpare.compress.checkpoint.write import TensorSpec
 from llmpare.compress.errors import UnsupportedError
 from llmpare.compress.model.layout import Layout, Linear, find
@@ -42,9 +41,8 @@ class ShrinkPlan(Plan):
     """The fate of every tensor when channels, heads or blocks are removed.
 
     ffn, heads: what feeds what, one entry per block; empty if it is not understood and stays. original: the source's
-    config.json. tensors: the source's headers. remaining: the residual channels, None for all, () until a
-    survey has said. lists: settings with one entry per block of the source, as transformers works them out.
-    findings: what the survey saw, for the report.
+    config.json. remaining: the residual channels, None for all, () until a survey has said. lists: settings with one
+    entry per block of the source, as transformers works them out. findings: what the survey saw, for the report.
     """
 
     cut: Cut
@@ -52,7 +50,6 @@ class ShrinkPlan(Plan):
     ffn: tuple[Units, ...]
     heads: tuple[Units, ...]
     original: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
     remaining: tuple[int, ...] | None = None
     lists: Mapping[str, list[Any]] = field(default_factory=dict)
     findings: Mapping[str, Any] = field(default_factory=dict)

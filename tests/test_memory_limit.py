@@ -14,9 +14,9 @@ from llmpare.compress.checkpoint.write import CheckpointWriter, TensorSpec
 from llmpare.compress.estimate import process
 
 MIB = 2**20
-LIMIT = 320 * MIB  # of memory that is private to the process, touched or not, beyond what imports reserve
+LIMIT = 176 * MIB  # of memory that is private to the process, touched or not, beyond what imports reserve
 SPARE = 96 * MIB  # of what the estimate allows for the process is not taken by imports: stacks and arenas of threads
-BLOCKS, HIDDEN, INNER = 70, 1024, 4096
+BLOCKS, HIDDEN, INNER = 28, 1024, 4096
 
 
 def shapes(inner: int) -> dict[str, tuple[int, ...]]:
@@ -65,7 +65,7 @@ def weights(shape: tuple[int, ...]) -> bytes:
 @pytest.mark.slow
 def test_a_model_several_times_larger_than_memory(tmp_path: Path) -> None:
     size = large_llama(tmp_path / "model")
-    assert size > 6 * LIMIT
+    assert size > 4 * LIMIT
     command = [
         "quantize", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--json",
         "--method", "rtn", "--dataset", "none", "--eval-nsamples", "1", "--seqlen", "32",
@@ -75,7 +75,7 @@ def test_a_model_several_times_larger_than_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
     assert len(report["blocks"]) == BLOCKS
-    assert report["size"]["output_bytes"] > 6 * LIMIT  # what was not compressed went through as well
+    assert report["size"]["output_bytes"] > 4 * LIMIT  # what was not compressed went through as well
     shutil.rmtree(tmp_path)  # gigabytes that no later test should have to share the disk with
 
 
@@ -91,11 +91,11 @@ def test_max_memory_is_kept_to_and_the_estimate_is_near(
     """
     large_llama(tmp_path / "model", blocks=3, inner=2048)
     text = tmp_path / "windows.jsonl"
-    ids = torch.randint(2, tiny.VOCABULARY, (66, 128), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(2, tiny.VOCABULARY, (34, 128), generator=torch.Generator().manual_seed(0)).tolist()
     text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
     command = [
         "quantize", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--json", "--dataset", str(text),
-        "--nsamples", "64", "--seqlen", "128", "--eval-dataset", str(text), "--eval-nsamples", "2", "--device", "cpu",
+        "--nsamples", "32", "--seqlen", "128", "--eval-dataset", str(text), "--eval-nsamples", "2", "--device", "cpu",
         "--rounds", "0", "--ignore", "mlp.(gate|up)|[qkv]_proj",
     ]  # fmt: skip
     assert main([*command, "--dry-run"]) == 0

@@ -1,9 +1,9 @@
-"""Load a GPTQ checkpoint with auto-gptq and save its logits.
+"""Load GPTQ checkpoints with auto-gptq and save their logits.
 
-    python load.py MODEL_DIR IDS.json OUT.npy
+    python load.py IDS.json MODEL_DIR...
 
-IDS.json holds a list of equally long token-id lists. OUT.npy receives float32 logits of
-shape (batch, sequence, vocabulary). The computation runs in float32 on the CPU, so the
+IDS.json holds a list of equally long token-id lists. MODEL_DIR/logits.npy receives float32
+logits of shape (batch, sequence, vocabulary). The computation runs in float32 on the CPU, so the
 logits differ from those of the dequantized model only by float32 rounding.
 
 Needs the packages of requirements.txt, whose transformers is older than the project's own:
@@ -18,23 +18,24 @@ import torch
 from auto_gptq import AutoGPTQForCausalLM
 
 
-def main(model_dir: str, ids_file: str, out_file: str) -> None:
+def main(ids_file: str, *model_dirs: str) -> None:
     with open(ids_file) as file:
         ids = torch.tensor(json.load(file))
-    model = AutoGPTQForCausalLM.from_quantized(
-        model_dir,
-        device="cpu",
-        torch_dtype=torch.float32,
-        use_triton=False,
-        disable_exllama=True,
-        disable_exllamav2=True,
-        inject_fused_attention=False,
-        inject_fused_mlp=False,
-        local_files_only=True,
-    )
-    with torch.inference_mode():
-        logits = model(input_ids=ids).logits
-    np.save(out_file, logits.float().numpy())
+    for model_dir in model_dirs:
+        model = AutoGPTQForCausalLM.from_quantized(
+            model_dir,
+            device="cpu",
+            torch_dtype=torch.float32,
+            use_triton=False,
+            disable_exllama=True,
+            disable_exllamav2=True,
+            inject_fused_attention=False,
+            inject_fused_mlp=False,
+            local_files_only=True,
+        )
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits
+        np.save(f"{model_dir}/logits.npy", logits.float().numpy())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from llmpare.compress import formats
 from llmpare.compress.plan import plan_quantize
 from llmpare.compress.progress import Silent
-from llmpare.compress.request import BITS, PER_CHANNEL, Scheme
+from llmpare.compress.request import BITS, PER_CHANNEL, QuantizeRequest, Scheme
 from llmpare.compress.run import run_quantize
 
 LOADER = Path(__file__).parents[1] / "autogptq"
@@ -41,45 +41,43 @@ def checked(*command: str | Path, **variables: str) -> None:
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
 
-@dataclass(frozen=True)
-class AutoGptq:
-    python: Path
-    model: Path
-
-    def logits(self, folder: Path, ids: torch.Tensor, place: Path) -> torch.Tensor:
-        """What auto-gptq predicts, in float32."""
-        (place / "ids.json").write_text(json.dumps(ids.tolist()))
-        arguments = (LOADER / "load.py", folder, place / "ids.json", place / "logits.npy")
-        checked(self.python, *arguments, HF_HUB_OFFLINE="1")
-        return torch.from_numpy(np.load(place / "logits.npy"))
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untied Llama whose rope_theta is not the one an old transformers falls back to."""
+    settings = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    folder = tmp_path_factory.mktemp("autogptq") / "model"
+    return write(folder, "llama", dtype=torch.float16, tied=False, settings=settings)
 
 
 @pytest.fixture(scope="module")
-def autogptq(tmp_path_factory: pytest.TempPathFactory) -> AutoGptq:
-    """The library, and an untied Llama whose rope_theta is not the one an old transformers falls back to."""
-    folder = tmp_path_factory.mktemp("autogptq")
-    checked(sys.executable, "-m", "venv", folder / "environment")
-    python = folder / "environment" / "bin" / "python"
+def quantized(model: Path) -> Mapping[Scheme, QuantizeRequest]:
+    """The model in every scheme, each with logits.npy beside it: what auto-gptq predicts, in float32."""
+    made = {s: request(model, model.parent / s.name.replace(" ", "-"), scheme=s, format="gptq") for s in SCHEMES}
+    for asked in made.values():
+        run_quantize(asked, Silent())
+    checked(sys.executable, "-m", "venv", model.parent / "environment")
+    python = model.parent / "environment" / "bin" / "python"
     install = ("-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check")
     checked(python, *install, "-r", LOADER / "requirements.txt", BUILD_CUDA_EXT="0")
-    settings = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
-    return AutoGptq(python, write(folder / "model", "llama", dtype=torch.float16, tied=False, settings=settings))
+    ids = model.parent / "ids.json"
+    ids.write_text(json.dumps(tokens().tolist()))
+    checked(python, LOADER / "load.py", ids, *(asked.out for asked in made.values()), HF_HUB_OFFLINE="1")
+    return made
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-def test_the_logits_of_the_dequantized_model(scheme: Scheme, autogptq: AutoGptq, tmp_path: Path) -> None:
-    asked = request(autogptq.model, tmp_path / "w", scheme=scheme, format="gptq")
-    run_quantize(asked, Silent())
+def test_the_logits_of_the_dequantized_model(
+    scheme: Scheme, model: Path, quantized: Mapping[Scheme, QuantizeRequest]
+) -> None:
+    asked = quantized[scheme]
     stored = load_file(asked.out / "model.safetensors")
-    dense = load(autogptq.model, dtype=torch.float32)
+    dense = load(model, dtype=torch.float32)
     form = formats.find("gptq")
     weights = {n.weight: form.decode(n, s, stored) for n, s in plan_quantize(asked).quantized.items()}
-    ids = tokens()
     with torch.no_grad():
-        original = dense(ids).logits
-    dense.load_state_dict({**dense.state_dict(), **weights})
-    theirs = autogptq.logits(asked.out, ids, tmp_path)
-    with torch.no_grad():
-        ours = dense(ids).logits
+        original = dense(tokens()).logits
+        dense.load_state_dict({**dense.state_dict(), **weights})
+        ours = dense(tokens()).logits
+    theirs = torch.from_numpy(np.load(asked.out / "logits.npy"))
     assert (theirs - ours).abs().max() < 1e-4
     assert (theirs - original).abs().max() > 1e-1

@@ -83,7 +83,11 @@ def _prepare(request: EvaluateRequest, device: torch.device, clock: Clock, progr
     needs.check(windows * seqlen, seqlen, devices.room(device), request.max_memory)
     batch = max(1, batch_tokens(device.type) // seqlen)
     setup = Setup(DTYPES[dtype], device, batch, request.trust_remote_code, clock, progress)
-    return Job(request, baseline, saved, candidates, watched, first.tokenizer, dtype, setup, previous, warnings, [])
+    job = Job(request, baseline, saved, candidates, watched, first.tokenizer, dtype, setup, previous, warnings, [])
+    if previous is not None:
+        with clock.phase("read"):
+            against.require_comparable(sections.outline(job), previous)
+    return job
 
 
 def _same_tokens(first: Subject, subjects: list[Subject]) -> list[str]:

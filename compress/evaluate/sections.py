@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from llmpare.compress import devices
 from llmpare.compress.environment import cost, environment
 from llmpare.compress.evaluate.baseline import Identity, Saved
 from llmpare.compress.evaluate.models import Subject
@@ -71,6 +72,22 @@ def _baseline(job: Job, reference: dict[str, Any]) -> dict[str, Any] | None:
     names = ("model", "architecture", "scheme", "weight_bytes", "parameters", "weights_sha256")
     saved = {"folder": str(job.saved.folder), "top_k": job.saved.top_k}
     return {**{name: vars(identity)[name] for name in names}, "saved": saved, **reference}
+
+
+def outline(job: Job) -> dict[str, Any]:
+    """What of the report is known before anything is measured, as far as reports are compared by it.
+
+    Reads the weights of the original, if there is one.
+    """
+    machine = None if job.request.speed is None else {"machine": {"device": devices.name(job.setup.device)}}
+    known = {"fidelity": {"dtype": str(job.setup.dtype)}, "speed": machine}
+    return {
+        "schema_version": build.SCHEMA_VERSION,
+        "command": "evaluate",
+        "baseline": _baseline(job, {}),
+        "evaluation": job.text.source,
+        "candidates": [{"name": subject.name, **known} for subject in job.candidates],
+    }
 
 
 def report(job: Job, candidates: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, Any]:

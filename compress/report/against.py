@@ -40,23 +40,12 @@ def load(path: Path) -> dict[str, Any]:
     return report
 
 
-def regressions(report: Report, previous: Report) -> list[dict[str, Any]]:
-    """One entry {name, limit, value, passed} per figure that both reports have, like a gate's.
+def require_comparable(report: Report, previous: Report) -> None:
+    """Raises InputError if the figures of one report would say nothing about those of the other.
 
-    A figure that is not finite any more fails. With several models a name begins with that of its model. Models are
-    matched by name; a single model is compared with a single one whatever they are called.
-    Raises InputError when the reports cannot be compared.
+    report: the new one, which needs no figures yet: its schema, command, text and original, and of each model the name,
+    the precision and the machine that its speed is measured on.
     """
-    _comparable(report, previous)
-    pairs = list(_pairs(report, previous))
-    return [
-        {**entry, "name": f"{now['name']}: {entry['name']}" if len(pairs) > 1 else entry["name"]}
-        for now, before in pairs
-        for entry in (*_fidelity(now, before), _size(now, before), *_tasks(now, before), *_speed(now, before))
-    ]
-
-
-def _comparable(report: Report, previous: Report) -> None:
     facts = (
         ("schema", lambda each: each["schema_version"]),
         ("command", lambda each: each["command"]),
@@ -72,6 +61,28 @@ def _comparable(report: Report, previous: Report) -> None:
             raise InputError(f"--against: another {name}: {was} in the earlier report, {has} in this one", AGAIN)
     if report["evaluation"]["windows"] < 2:
         raise InputError("--against: a single window of text tells nothing about noise", "evaluate on a longer text")
+    for new, old in _pairs(report, previous):
+        if new["speed"] and old["speed"]:
+            now, before = new["speed"]["machine"]["device"], old["speed"]["machine"]["device"]
+            if now != before:
+                raise InputError(
+                    f"--against: speed was measured on {shown(before)}, now on {shown(now)}",
+                    "compare on one kind of machine, or leave out --speed",
+                )
+
+
+def regressions(report: Report, previous: Report) -> list[dict[str, Any]]:
+    """One entry {name, limit, value, passed} per figure that both reports have, like a gate's.
+
+    The two must be comparable. A figure that is not finite any more fails. With several models a name begins with that
+    of its model. Models are matched by name; a single model is compared with a single one whatever they are called.
+    """
+    pairs = list(_pairs(report, previous))
+    return [
+        {**entry, "name": f"{now['name']}: {entry['name']}" if len(pairs) > 1 else entry["name"]}
+        for now, before in pairs
+        for entry in (*_fidelity(now, before), _size(now, before), *_tasks(now, before), *_speed(now, before))
+    ]
 
 
 def _short(fact: object) -> str:
@@ -147,12 +158,6 @@ def _speed(now: Report, before: Report) -> Iterator[dict[str, Any]]:
     new, old = now["speed"], before["speed"]
     if not new or not old:
         return
-    machines = new["machine"]["device"], old["machine"]["device"]
-    if machines[0] != machines[1]:
-        raise InputError(
-            f"--against: speed was measured on {shown(machines[1])}, now on {shown(machines[0])}",
-            "compare on one kind of machine, or leave out --speed",
-        )
     earlier = {tuple(row[key] for key in SETTING): row for row in old["rows"]}
     for row in new["rows"]:
         match = earlier.get(tuple(row[key] for key in SETTING))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RecurrentGemmaConf
 
 from llmpare.cli.exits import main
 from llmpare.compress.errors import InputError, MemoryLimitError, OutputError
+from llmpare.compress.evaluate import run
 from llmpare.compress.evaluate.estimate import Needs
 from llmpare.compress.evaluate.request import EvaluateRequest, TextRequest
 from llmpare.compress.evaluate.run import run_evaluate
@@ -172,6 +173,32 @@ def test_a_report_folder(place: Path, text: TextRequest, tmp_path: Path) -> None
     before = report["candidates"][0]["fidelity"]["kl"]["mean"]
     found = evaluate(worse)
     assert found["passed"] == (found["candidates"][0]["fidelity"]["kl"]["mean"] <= 1.2 * before)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "bfloat16"}, "another precision"),
+        ({"text": TextRequest(("calibration.txt",), WINDOWS, tiny.WINDOW)}, "another evaluation text"),
+        ({"baseline": None}, "another original"),
+        ({"models": ("dense", "shaken-0")}, "no model 'dense'"),
+    ],
+    ids=["dtype", "text", "baseline", "models"],
+)
+def test_what_cannot_be_compared_is_refused_before_a_model_runs(
+    place: Path,
+    text: TextRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    said: str,
+) -> None:
+    monkeypatch.chdir(place)
+    request = EvaluateRequest(("shaken-0",), "dense", tmp_path / "report", text=text, dtype="float32")
+    evaluate(request)
+    monkeypatch.setattr(run, "_measure", None)
+    with pytest.raises(InputError, match=said):
+        evaluate(replace(request, against=tmp_path / "report" / "report.json", out=None, **change))
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(place: Path, text: TextRequest, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_several_models_are_matched_by_name() -> None:
     assert failed(report, previous) == ["out/b: against-size"]
     report["candidates"][0]["name"] = "out/c"
     with pytest.raises(InputError, match="no model 'out/c'"):
-        against.regressions(report, previous)
+        against.require_comparable(report, previous)
 
 
 def test_a_single_model_may_be_called_something_else() -> None:
@@ -154,8 +154,9 @@ def test_what_cannot_be_compared_is_refused(place: tuple[Any, ...], value: objec
     inner[place[-1]] = value
     if place == ("command",):
         previous = samples.report() | {"evaluation": previous["evaluation"]}
+    against.require_comparable(evaluation(), evaluation())
     with pytest.raises(InputError, match=said) as caught:
-        against.regressions(evaluation(), previous)
+        against.require_comparable(evaluation(), previous)
     assert caught.value.hint
 
 
@@ -163,7 +164,7 @@ def test_a_single_window_has_no_noise_to_compare_with() -> None:
     report = evaluation()
     report["evaluation"] = report["evaluation"] | {"windows": 1}
     with pytest.raises(InputError, match="single window"):
-        against.regressions(report, report)
+        against.require_comparable(report, report)
 
 
 def test_entries_read_like_gates() -> None:

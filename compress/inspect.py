@@ -94,6 +94,7 @@ def _split(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> tuple[lis
     linears: list[Linear] = []
     dense: list[TensorInfo] = []
     for leaves in modules.values():
+        linears += _mxfp4(leaves)
         weight = {leaf: tensor for leaf, tensor in leaves.items() if leaf != "bias"}
         linear = (
             _compressed_tensors(weight, checkpoint) or _gptq(weight, quantization) or _awq(weight) or _bytes(weight)
@@ -157,6 +158,25 @@ def _awq(leaves: Tensors) -> Linear | None:
         return None
     (columns, words), _, (groups, rows) = shapes
     return _linear(leaves, _integer(32 * words // rows, symmetric=False), rows, columns, groups)
+
+
+def _mxfp4(leaves: dict[str, TensorInfo]) -> list[Linear]:
+    """NAME_blocks [experts, rows, groups, bytes], two numbers per byte, NAME_scales [experts, rows, groups].
+
+    Takes them out of a module's leaves, and leaves the rest.
+    """
+    linears: list[Linear] = []
+    for name in [leaf.removesuffix("_blocks") for leaf in leaves if leaf.endswith("_blocks")]:
+        blocks, scales = leaves[f"{name}_blocks"], leaves.get(f"{name}_scales")
+        if scales is None or len(blocks.shape) != 4 or blocks.shape[:3] != scales.shape or not blocks.numel:
+            continue
+        del leaves[f"{name}_blocks"], leaves[f"{name}_scales"]
+        experts = blocks.shape[0]
+        one = Linear(
+            f"MXFP4 g{2 * blocks.shape[3]}", 2 * blocks.numel // experts, (blocks.nbytes + scales.nbytes) // experts
+        )
+        linears += [one] * experts
+    return linears
 
 
 def _bytes(leaves: Tensors) -> Linear | None:

@@ -100,6 +100,19 @@ def test_schemes_are_read_off_the_tensors(
     assert any(scheme in line for line in lines(facts))
 
 
+def test_every_expert_in_mxfp4_counts(tmp_path: Path) -> None:
+    stack: Shapes = {
+        "a.down_blocks": ("U8", (4, 64, 24, 16)),
+        "a.down_scales": ("U8", (4, 64, 24)),
+        "a.down_bias": ("BF16", (4, 64)),
+        "norm.weight": ("BF16", (768,)),
+    }
+    facts = inspect(checkpoint(tmp_path, stack, {"quant_method": "mxfp4"}))
+    assert facts["schemes"] == {"MXFP4 g32": 4}
+    assert facts["parameters"] == {"total": WEIGHTS + 768 + 256, "quantized": WEIGHTS}
+    assert facts["linear_bits_per_weight"] == 4.25
+
+
 def test_a_dense_model() -> None:
     facts = inspect(TINY_LLAMA)
     assert facts["format"] == "dense"
@@ -129,6 +142,10 @@ def test_mixed_schemes_are_counted_each(tmp_path: Path) -> None:
         {"a.qweight": ("I32", (4, 4)), "a.scales": ("F16", (1, 4)), "a.g_idx": ("I32", (0,))},
         {"a.qweight": ("I32", (4, 4))},
         {"a.weight": ("F8_E4M3", (4, 4))},
+        {"a.down_blocks": ("U8", (4, 4, 4, 16))},
+        {"a.down_blocks": ("U8", (4, 4, 4, 16)), "a.down_scales": ("U8", (4, 4))},
+        {"a.down_blocks": ("U8", (0, 4, 4, 16)), "a.down_scales": ("U8", (0, 4, 4))},
+        {"a.down_blocks": ("U8", (4,)), "a.down_scales": ("U8", (4,))},
         {"": ("BF16", (1,)), ".": ("BF16", (1,)), "bias": ("BF16", ())},
     ],
 )

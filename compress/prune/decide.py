@@ -18,6 +18,7 @@ from llmpare.compress.prune.surgery import ShrinkPlan, Sizes, new_config, parame
 from llmpare.compress.request import NO_TEXT
 
 WORK = Work(weights=6, grams=6, dense_too=True, twin=True)  # copies in float32, besides both models
+COARSE = 0.05  # of all there is, that rounding may keep beyond what was asked for without a word
 EDGES = (2, 1)  # blocks at the beginning and at the end that are kept unless they are named
 
 
@@ -67,7 +68,6 @@ def plan_shrink(request: ShrinkRequest, device: str | None = None) -> ShrinkPlan
             request=request,
             specs=(),
             needs=_needs(checkpoint, subject, request),
-            warnings=(),
             cut=cut,
             original=config,
             **_decisions(cut, found, config, checkpoint.tensors),
@@ -105,7 +105,25 @@ def _decisions(cut: Cut, found: Layout, config: Mapping[str, Any], tensors: Mapp
     narrower = sizes.hidden < hidden
     if heads and (sizes.heads < heads[0].count or narrower):
         _check_heads(config, found, sizes, heads[0])
-    return {"sizes": sizes, "ffn": ffn, "heads": heads, "remaining": () if narrower else None}
+    warnings = tuple(
+        line
+        for line in (
+            _coarse("ffn", cut.ffn, sizes.ffn, ffn[0].count, "channels") if ffn else None,
+            _coarse("heads", cut.heads, sizes.heads, heads[0].count, "groups of heads") if heads else None,
+            _coarse("hidden", cut.hidden, sizes.hidden, hidden, "channels"),
+        )
+        if line
+    )
+    remaining = () if narrower else None
+    return {"sizes": sizes, "ffn": ffn, "heads": heads, "remaining": remaining, "warnings": warnings}
+
+
+def _coarse(name: str, share: float | None, kept: int, count: int, what: str) -> str | None:
+    """What to say where rounding up keeps much more than was asked for."""
+    if share is None or kept / count - share <= COARSE:
+        return None
+    finer = ": --round-to makes finer steps" if name != "heads" else ""
+    return f"--{name} {share:g} keeps {kept} of {count} {what}, {kept / count:.0%}{finer}"
 
 
 def _units(

@@ -248,6 +248,21 @@ def test_the_plan_shows_the_new_shapes(tmp_path: Path) -> None:
     assert plan.to_json()["kept_parameters"] < plan.parameters
 
 
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [
+        ({"ffn": 0.75}, []),
+        ({"ffn": 0.55, "round_to": 128}, ["--ffn 0.55 keeps 256 of 256 channels, 100%: --round-to makes finer steps"]),
+        ({"ffn": 0.5, "heads": 0.6}, ["--heads 0.6 keeps 2 of 2 groups of heads, 100%"]),
+    ],
+)
+def test_more_than_was_asked_for_is_not_kept_without_a_word(
+    cut: dict[str, Any], said: list[str], tmp_path: Path
+) -> None:
+    model = families.write(tmp_path / "model", "llama")
+    assert list(plan_prune(request(model, tmp_path / "out", **cut)).warnings) == said
+
+
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     model = families.write(tmp_path / "model", "llama", settings={"num_hidden_layers": 4})
     settings = {"ffn": 0.75, "heads": 0.5, "layers": 4}

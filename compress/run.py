@@ -31,7 +31,7 @@ from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.checkpoint.write import CheckpointWriter
 from llmpare.compress.command import Command
 from llmpare.compress.engine import OUTSIDE, Pass, Streams
-from llmpare.compress.errors import InputError, MemoryLimitError
+from llmpare.compress.errors import InputError, MemoryLimitError, UnsupportedError
 from llmpare.compress.evaluate import fidelity
 from llmpare.compress.formats.source import open_source
 from llmpare.compress.model.models import Model, Models, Sketch
@@ -241,9 +241,15 @@ def _output(job: Job, dense: Model) -> Model:
         publish.copy_file(job.source.folder / name, job.folder / name)
     _write_config(job.folder, config)
     sketch = Sketch.of(job.folder, config, plan.specs)
-    with job.clock.phase("load"):
-        skeleton = Skeleton(sketch, layout, DTYPES[plan.dtype], job.device, trust=plan.request.trust_remote_code)
-        return Model(skeleton, Replay(skeleton, like=dense.replay))
+    try:
+        with job.clock.phase("load"):
+            skeleton = Skeleton(sketch, layout, DTYPES[plan.dtype], job.device, trust=plan.request.trust_remote_code)
+            return Model(skeleton, Replay(skeleton, like=dense.replay))
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"what remains fits no config.json: {error}",
+            "what is in a block may follow from its number, as experts often do: leave out other blocks",
+        ) from error
 
 
 Keep = Callable[[Iterable[Tensor]], Batches]

@@ -248,6 +248,15 @@ def test_the_plan_shows_the_new_shapes(tmp_path: Path) -> None:
     assert plan.to_json()["kept_parameters"] < plan.parameters
 
 
+def test_blocks_whose_kind_follows_from_their_number_leave_only_if_the_rest_keeps_its_own(tmp_path: Path) -> None:
+    model = families.write(tmp_path / "model", "deepseek_v3", settings={"num_hidden_layers": 4})
+    with pytest.raises(UnsupportedError, match=r"fits no config\.json.*mlp\.experts") as caught:
+        run_prune(request(model, tmp_path / "out", drop_layers=(0,)), Silent())  # the one without experts
+    assert "leave out other blocks" in str(caught.value.hint)
+    run_prune(request(model, tmp_path / "out", drop_layers=(2,)), Silent())
+    assert config(tmp_path / "out")["num_hidden_layers"] == 3
+
+
 @pytest.mark.parametrize(
     ("cut", "said"),
     [

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from publishing import killed_at, names
 
+from llmpare.compress.checkpoint.files import read_at
 from llmpare.compress.checkpoint.publish import copy_file, write_file
 from llmpare.compress.errors import InputError, LlmpareError, OutputError
 
@@ -49,6 +50,20 @@ def test_write_file_follows_no_link(tmp_path: Path) -> None:
     write_file(tmp_path / "link", b"x")
     assert (tmp_path / "link").read_bytes() == b"x"
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_the_system_may_hand_over_less_than_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does beyond 2 GiB at a time, and on some network file systems at any size."""
+    data = os.urandom(100)
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:7]], offset))
+    fd = os.open(path, os.O_RDONLY)
+    assert read_at(fd, 10, 80, path) == data[10:90]
+    with pytest.raises(InputError, match="expected at least 101 bytes, it has 100"):
+        read_at(fd, 10, 91, path)
+    os.close(fd)
 
 
 def test_copy_file(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llmpare.compress.checkpoint import journal
 from llmpare.compress.checkpoint.journal import Journal
 from llmpare.compress.errors import InputError, OutputError
 
@@ -82,6 +83,24 @@ def test_another_spec_is_refused(path: Path) -> None:
     assert str(path.parent) in message
     assert "--restart" in caught.value.hint
     assert path.read_bytes() == before
+
+
+def test_a_journal_of_another_version_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(path, "a")
+    monkeypatch.setattr(journal, "VERSION", 2)
+    with pytest.raises(InputError, match="journal: 1, now 2"):
+        Journal(path, SPEC)
+
+
+def test_a_link_is_not_followed(path: Path) -> None:
+    """Whoever can write beside OUT must not have us write somewhere else."""
+    elsewhere = path.with_name("elsewhere")
+    finish(elsewhere, "a")
+    before = elsewhere.read_bytes()
+    path.symlink_to(elsewhere.name)
+    with pytest.raises(OutputError, match="symbolic link"):
+        Journal(path, SPEC)
+    assert elsewhere.read_bytes() == before
 
 
 def test_many_differences_are_counted(path: Path) -> None:

@@ -241,6 +241,40 @@ def test_windows_that_judge_are_never_trained_on(count: int, windows: int) -> No
     assert all(len(numbers) <= windows for numbers in judging)
 
 
+def test_steps_fall_linearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[float]] = []
+    real = torch.optim.Adam.step
+
+    def step(self: torch.optim.Adam) -> None:
+        seen.append([group["lr"] for group in self.param_groups])
+        real(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    problem(7).tune(steps=5, step_size=0.01)
+    falls = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])
+    torch.testing.assert_close(torch.tensor(seen), torch.stack((0.01 * falls, 2e-3 * falls), dim=1))
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_the_best_of_all_looks_is_kept(seed: int) -> None:
+    """Every window that judges counts the same: of five, four are looked at together and the last by itself."""
+    p = problem(seed, count=40)
+    p.target[39] += 0.02 * torch.randn_like(p.target[39])
+    losses: list[float] = []
+
+    def watched(weights: Mapping[str, Tensor], gains: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        out = forward(weights, gains, hidden)
+        if not torch.is_grad_enabled():
+            target = p.target[35:39] if len(hidden) == 4 else p.target[39:]
+            losses.extend((out - target).square().mean((1, 2)).tolist())
+        return out
+
+    solved, gains = p.tune(run=watched, step_size=0.02)
+    looks = torch.tensor(losses).view(-1, 5).mean(1)
+    assert len(looks) == 11  # before the first step, and ten times
+    assert p.loss(solved, gains, held_back(40)) == pytest.approx(float(looks.min()), rel=1e-5)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gradients_are_those_of_rounding_passed_straight_through(symmetric: bool) -> None:
     """Against autograd, in float64, of q = clip(round(u + V)), W̃ = (q − z)·s·a with rounding as the identity."""

@@ -1,10 +1,19 @@
-"""A source, the place of an output, and what an undisturbed run writes there."""
+"""A model without its weights; and a source, the place of an output, and what an undisturbed run writes there."""
 
 import os
 from pathlib import Path
 
 import pytest
 from publishing import contents, produce, put_source
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that lacks nothing but the weights."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
 
 
 @pytest.fixture

@@ -1,0 +1,41 @@
+"""Linears for GPTQ to solve, and what their solutions lose."""
+
+import torch
+from torch import Tensor
+
+from llmpare.compress.grid import IntGrid, Solved, Statistics
+from llmpare.compress.quantize import gptq, refine
+
+
+def gram(columns: int, seed: int, *, tokens: int | None = None) -> Tensor:
+    """H of correlated inputs of uneven size."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = tokens or 3 * columns + 20
+    x = torch.randn(tokens, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    x = x * torch.logspace(-1, 0.5, columns)[torch.randperm(columns, generator=generator)]
+    h = x.t() @ x / tokens
+    return (h + h.t()) / 2
+
+
+def weights(rows: int, columns: int, seed: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1000 + seed)) * 0.05
+
+
+def solve(
+    weight: Tensor,
+    statistics: Statistics,
+    grid: IntGrid,
+    group_size: int,
+    *,
+    damping: float = 0.01,
+    rounds: float = 2,
+    sweeps: float = 2,
+    correction: float = 0.0,
+) -> Solved:
+    return gptq.solve(
+        weight, statistics, grid, group_size, damping=damping, rounds=rounds, sweeps=sweeps, correction=correction
+    )
+
+
+def lost(weight: Tensor, solved: Solved, h: Tensor) -> float:
+    return float(refine.loss(weight.double(), solved.weight().double(), h.double()).sum())

@@ -61,16 +61,13 @@ class Inputs:
 
 
 @torch.no_grad()
-def sequential(
-    replay: Replay, index: int, inputs: Inputs, stream: Stream, *, together: bool = True, ready: bool = False
-) -> Groups:
+def sequential(replay: Replay, index: int, inputs: Inputs, stream: Stream, *, together: bool = True) -> Groups:
     """Statistics of block `index`, one shared input at a time; the stream is advanced past the block.
 
     together: all batches wait at each input; otherwise only one is inside the block at a time, and comes anew for the
-    next input. ready: memory that was freed may be kept, see memory. The same numbers whatever they are.
+    next input. The same numbers either way.
     """
-    if not ready:
-        memory.trim()
+    memory.trim()
     groups, modules, readers = _groups(replay, index, inputs, stream), inputs.modules, inputs.readers
     stages = staged(replay, index, modules, groups, stream, together=together)
     with inputs.opened():
@@ -86,7 +83,7 @@ def sequential(
             for traveller in waiting:
                 gram.add(traveller.input)
             yield [(list(names), gram.statistics())]
-            if not ready and stage == len(groups) - 2:  # before the last, usually the widest input
+            if stage == len(groups) - 2:  # before the last, usually the widest input, even where freed memory is kept
                 memory.trim()
 
 

@@ -67,9 +67,7 @@ class Linears:
         inputs = collect.Inputs(modules, skeleton.mixtures(list(linears.values())), self._plan.request.route_all)
         if self._plan.sequential:
             way = self._plan.needs.way
-            return collect.sequential(
-                self._model.replay, index, inputs, calibration, together=way.together, ready=way.ready
-            )
+            return collect.sequential(self._model.replay, index, inputs, calibration, together=way.together)
         return collect.parallel(self._model.replay, index, inputs, calibration, dense, with_drift=drift)
 
     def advance(self, index: int, calibration: Stream | None) -> None:

@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,14 +91,21 @@ class Layout:
     outside: tuple[str, ...]  # embeddings, final norm, head, and whatever no block claims
     gates: tuple[Linear, ...] = ()  # what routes tokens to experts, or weighs those that all share: never touched
 
-    @property
+    @cached_property
     def experts(self) -> tuple[Linear, ...]:
         """The linears that belong to experts."""
         return tuple(linear for linear in self.linears if linear.expert is not None)
 
     def of_block(self, index: int) -> tuple[Linear, ...]:
         """The linears of one block."""
-        return tuple(linear for linear in self.linears if linear.block == index)
+        return self._by_block.get(index, ())
+
+    @cached_property
+    def _by_block(self) -> dict[int, tuple[Linear, ...]]:
+        found: dict[int, list[Linear]] = defaultdict(list)
+        for linear in self.linears:
+            found[linear.block].append(linear)
+        return {index: tuple(linears) for index, linears in found.items()}
 
 
 def sees(config: Mapping[str, Any]) -> bool:

@@ -16,14 +16,14 @@ from typing import Any
 from llmpare.compress import hardware, memory
 from llmpare.compress.calibration import DEFAULT_SEQLEN
 from llmpare.compress.checkpoint import locate
-from llmpare.compress.checkpoint.files import destination, nested
+from llmpare.compress.checkpoint.files import destination
 from llmpare.compress.checkpoint.header import TensorInfo
 from llmpare.compress.checkpoint.read import DENSE, Checkpoint
 from llmpare.compress.checkpoint.write import TensorSpec, weight_files
-from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.formats.source import open_source
 from llmpare.compress.model.layout import Layout, Linear, decoder_config, find, layout
 from llmpare.compress.needs import Needs
+from llmpare.compress.refusals import refuse_code, refuse_nested
 from llmpare.compress.request import RunRequest
 
 
@@ -190,10 +190,10 @@ def opened(request: RunRequest, device: str | None = None) -> Iterator[tuple[Che
     """
     device = hardware.device_kind(request.device) if device is None else device
     model = locate.resolve(request.model, revision=request.revision)
-    _refuse_nested(model, request.out)
+    refuse_nested(model, model, request.out)
     with open_source(model) as checkpoint:
         config = checkpoint.config
-        _refuse_custom_code(config, request.trust_remote_code)
+        refuse_code(model, config, trusted=request.trust_remote_code)
         found = layout(checkpoint)
         longest = find(decoder_config(config), "max_position_embeddings", "n_positions", default=DEFAULT_SEQLEN)
         yield (
@@ -219,21 +219,6 @@ def idle_patterns(patterns: Sequence[str], found: Layout) -> list[str]:
     everything = [*(linear.name for linear in found.linears), " ".join((*found.outside, "lm_head"))]
     idle = [pattern for pattern in patterns if not any(re.search(pattern, name) for name in everything)]
     return [f"pattern {pattern!r} matches no linear" for pattern in idle]
-
-
-def _refuse_nested(model: Path, out: Path) -> None:
-    if nested(model.resolve(), destination(out)):
-        raise UsageError(
-            f"the output {out} and the model {model} lie inside each other", "choose another place with -o"
-        )
-
-
-def _refuse_custom_code(config: dict[str, Any], trusted: bool) -> None:
-    if "auto_map" in config and not trusted:
-        raise InputError(
-            "config.json has an auto_map: this model runs code from the model folder",
-            "read that code, then add --trust-remote-code",
-        )
 
 
 def _stored(found: Layout) -> str:

@@ -8,13 +8,12 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from llmpare.compress.checkpoint.files import read_at, write_at, writing
+from llmpare.compress.checkpoint.files import Closing, read_at, write_at, writing
 from llmpare.compress.checkpoint.tensors import to_bytes
 
 
@@ -32,7 +31,7 @@ class Batches(Protocol):
     def copy(self) -> "Batches": ...
 
 
-class Spill:
+class Spill(Closing):
     """A place outside the device's memory for the hidden states of any number of streams; close it, or use `with`.
 
     folder: where the file is to be. host: bytes of pinned memory to use before the file, for a device of its own.
@@ -70,14 +69,6 @@ class Spill:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Spilled:

@@ -9,10 +9,11 @@ import json
 import os
 import stat
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from llmpare.compress.errors import InputError, OutputError
 
@@ -47,6 +48,20 @@ def destination(out: Path) -> Path:
 def nested(one: Path, other: Path) -> bool:
     """Whether two absolute paths, without links, are the same or lie inside each other."""
     return one == other or one in other.parents or other in one.parents
+
+
+class Closing(ABC):
+    """What is closed at the end of its `with` block."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of files."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 @contextmanager

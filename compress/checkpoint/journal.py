@@ -9,17 +9,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from llmpare.compress.checkpoint.files import clipped, opened, read_at, shown, write_at, write_file, writing
+from llmpare.compress.checkpoint.files import Closing, clipped, opened, read_at, shown, write_at, write_file, writing
 from llmpare.compress.errors import InputError
 
 VERSION = 1
 LISTED = 8  # differing fields that a message lists
 
 
-class Journal:
+class Journal(Closing):
     """The journal at `path`: taken up if there is one, else begun with a first line that holds `spec`.
 
     spec: what decides the result, as JSON values. done: the record of every finished unit, in the order of finishing.
@@ -83,14 +82,6 @@ class Journal:
     def close(self) -> None:
         """Closes the file."""
         os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def require_same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:

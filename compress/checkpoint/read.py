@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from llmpare.compress.checkpoint.files import open_regular, read_at, read_json, reading, sha256_at, shown
+from llmpare.compress.checkpoint.files import Closing, open_regular, read_at, read_json, reading, sha256_at, shown
 from llmpare.compress.checkpoint.header import TensorInfo, is_unicode, read_header
 from llmpare.compress.errors import InputError, UsageError
 
@@ -45,7 +44,7 @@ class _Shard:
     identity: tuple[int, int, int]
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """An open model folder. Made by `open`; close it, or use it as a context manager.
 
     config: config.json as it is. tensors: by name, in the order of shard and offset. files: every other file to carry
@@ -154,14 +153,6 @@ class Checkpoint:
         while self._shards:
             _, shard = self._shards.popitem()
             os.close(shard.fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 _LEAVE_ALONE = "run again, and leave the model folder alone meanwhile"

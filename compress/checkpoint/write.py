@@ -14,10 +14,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from llmpare.compress.checkpoint.files import (
+    Closing,
     allocate,
     create,
     read_at,
@@ -64,7 +64,7 @@ class _Place:
     size: int
 
 
-class CheckpointWriter:
+class CheckpointWriter(Closing):
     """The weight files of a checkpoint in `folder`, laid out in the order of `specs`.
 
     A file that exists with the very header it would get is taken up as it is, so that tensors an earlier run wrote
@@ -142,14 +142,6 @@ class CheckpointWriter:
         """Closes the files, without making them durable."""
         while self._shards:
             os.close(self._shards.pop().fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def weight_files(specs: Sequence[TensorSpec], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, int]:

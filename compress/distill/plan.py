@@ -9,18 +9,19 @@ from typing import Any
 from llmpare.compress import memory
 from llmpare.compress.calibration import DEFAULT_SEQLEN
 from llmpare.compress.checkpoint import locate
-from llmpare.compress.checkpoint.files import destination, nested, shown
+from llmpare.compress.checkpoint.files import destination, shown
 from llmpare.compress.checkpoint.header import tensor_bytes
 from llmpare.compress.distill import defaults, estimate
 from llmpare.compress.distill.defaults import Pace
 from llmpare.compress.distill.request import DistillRequest, carving_flags
-from llmpare.compress.errors import InputError, MemoryLimitError, OutputError, UsageError
+from llmpare.compress.errors import MemoryLimitError, OutputError, UsageError
 from llmpare.compress.estimate import disk_free
 from llmpare.compress.formats.decoded import DenseSource, open_dense
 from llmpare.compress.model.layout import find
 from llmpare.compress.plan import plan_prune
 from llmpare.compress.prune.cut import ShrinkRequest
 from llmpare.compress.prune.surgery import ShrinkPlan
+from llmpare.compress.refusals import refuse_code, refuse_nested
 from llmpare.compress.report import show
 
 
@@ -242,12 +243,5 @@ def _carved(teacher: Side, plan: ShrinkPlan) -> Side:
 
 def _refuse(request: DistillRequest, name: str, source: DenseSource) -> None:
     """Raises for a model that cannot take part."""
-    if "auto_map" in source.config and not request.trust_remote_code:
-        raise InputError(
-            f"{shown(name)}: config.json has an auto_map: this model runs code from the model folder",
-            "read that code, then add --trust-remote-code",
-        )
-    if nested(source.folder.resolve(), destination(request.out)):
-        raise UsageError(
-            f"the output {request.out} and the model {name} lie inside each other", "choose another place with -o"
-        )
+    refuse_code(name, source.config, trusted=request.trust_remote_code)
+    refuse_nested(name, source.folder, request.out)

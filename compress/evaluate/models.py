@@ -11,10 +11,11 @@ from typing import Any
 from llmpare.compress.calibration import DEFAULT_SEQLEN
 from llmpare.compress.checkpoint import locate
 from llmpare.compress.checkpoint.files import shown
-from llmpare.compress.errors import InputError, UsageError
+from llmpare.compress.errors import UsageError
 from llmpare.compress.evaluate.request import EvaluateRequest
 from llmpare.compress.formats.decoded import DenseSource, open_dense
 from llmpare.compress.model.layout import decoder_config, find
+from llmpare.compress.refusals import refuse_code
 from llmpare.compress.tokenizer import load_tokenizer, tokenizer_files
 
 
@@ -110,11 +111,7 @@ def _short_names(given: Sequence[str], folders: Sequence[Path]) -> list[str]:
 
 def _open(given: str, name: str, folder: Path, request: EvaluateRequest, stack: ExitStack) -> Subject:
     source = stack.enter_context(open_dense(folder))
-    if "auto_map" in source.config and not request.trust_remote_code:
-        raise InputError(
-            f"{shown(given)}: config.json has an auto_map: this model runs code from the model folder",
-            "read that code, then add --trust-remote-code",
-        )
+    refuse_code(given, source.config, trusted=request.trust_remote_code)
     tokenizer = None
     if tokenizer_files(folder):
         tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)

@@ -143,7 +143,7 @@ class Output:
         self.result("\n".join(show.printable(line) for line in lines), data)
 
     def plan(self, plan: Plan) -> None:
-        """A plan, which is made into text or data, not both: some models have ten thousands of tensors."""
+        """A plan, which is made into text or data, not both: some models have tens of thousands of tensors."""
         if self._as_json:
             self.result("", plan.to_json())
         else:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpare.compress.checkpoint.manifest import MANIFEST, read_manifest
-from llmpare.compress.checkpoint.read import Checkpoint, TensorInfo
+from llmpare.compress.checkpoint.read import Checkpoint, TensorInfo, quantization_of
 from llmpare.compress.report import show
 
 _BYTES = ("I8", "U8", "F8_E4M3", "F8_E5M2")
@@ -37,7 +37,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     """
     with Checkpoint.open(folder) as checkpoint:
         config = checkpoint.config
-        quantization = config.get("quantization_config")
+        quantization = quantization_of(config)
         linears, dense = _split(checkpoint, quantization if isinstance(quantization, dict) else {})
         stored = Counter[str]()
         for tensor in checkpoint.tensors.values():

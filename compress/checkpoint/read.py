@@ -7,7 +7,7 @@ is a symbolic link into a folder of blobs.
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from llmpare.compress.checkpoint.files import Closing, open_regular, read_at, re
 from llmpare.compress.checkpoint.header import TensorInfo, is_unicode, read_header
 from llmpare.compress.errors import InputError, UsageError
 
-__all__ = ["CONFIG", "DENSE", "INDEX", "SINGLE", "Checkpoint", "TensorInfo"]
+__all__ = ["CONFIG", "DENSE", "INDEX", "QUANTIZATION", "SINGLE", "Checkpoint", "TensorInfo", "quantization_of"]
 
 CONFIG = "config.json"
+QUANTIZATION = ("quantization_config", "compression_config")  # of config.json; the latter in old compressed-tensors
 DENSE = "dense"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -153,6 +154,11 @@ class Checkpoint(Closing):
         while self._shards:
             _, shard = self._shards.popitem()
             os.close(shard.fd)
+
+
+def quantization_of(config: Mapping[str, Any]) -> Any:
+    """What config.json says of quantization; None if it says nothing."""
+    return next((found for key in QUANTIZATION if (found := config.get(key)) is not None), None)
 
 
 _LEAVE_ALONE = "run again, and leave the model folder alone meanwhile"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmpare.compress.checkpoint.header import tensor_bytes
-from llmpare.compress.checkpoint.read import Checkpoint, TensorInfo
+from llmpare.compress.checkpoint.read import QUANTIZATION, Checkpoint, TensorInfo
 from llmpare.compress.errors import InputError
 from llmpare.compress.formats import reading
 from llmpare.compress.formats.reading.packed import Packed
@@ -32,7 +32,7 @@ class DenseSource:
     def __init__(self, checkpoint: Checkpoint, stored: str, packed: list[Packed]) -> None:
         self.checkpoint = checkpoint
         self.folder: Path = checkpoint.folder
-        self.config = {key: value for key, value in checkpoint.config.items() if key not in reading.CONFIGS}
+        self.config = {key: value for key, value in checkpoint.config.items() if key not in QUANTIZATION}
         self.packed = {linear.weight: linear for linear in packed}
         self.tensors = _dense(checkpoint.tensors, packed)
         schemes = Counter(linear.scheme for linear in packed).most_common()

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from llmpare.compress.checkpoint.read import Checkpoint
+from llmpare.compress.checkpoint.read import Checkpoint, quantization_of
 from llmpare.compress.formats import reading
 from llmpare.compress.formats.decoded import DenseSource
 from llmpare.compress.formats.reading.packed import DECODING, modules
@@ -88,7 +88,7 @@ def open_source(folder: Path) -> Checkpoint:
 
 
 def _decoded(checkpoint: Checkpoint) -> Checkpoint:
-    quantization = next((found for key in reading.CONFIGS if (found := checkpoint.config.get(key)) is not None), None)
+    quantization = quantization_of(checkpoint.config)
     if not isinstance(quantization, Mapping):
         return checkpoint
     method = quantization.get("quant_method")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llmpare.compress.checkpoint.files import clipped
+from llmpare.compress.checkpoint.read import quantization_of
 from llmpare.compress.errors import InputError, UnsupportedError
 from llmpare.compress.model import mixtures
 from llmpare.compress.model.mixtures import Expert
@@ -193,11 +194,11 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 def _refuse_quantized(config: Mapping[str, Any]) -> None:
     """Rounding what is rounded already would hide how much the first rounding lost."""
-    found = config.get("quantization_config")
+    found = quantization_of(config)
     if found is not None:
         method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else "unknown"
         raise InputError(
-            f"the model is already quantized (quantization_config in config.json, method {method!r})",
+            f"the model is already quantized (config.json, method {method!r})",
             "start from the original model",
         )
 

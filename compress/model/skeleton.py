@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmpare.compress.checkpoint.files import clipped
+from llmpare.compress.checkpoint.read import QUANTIZATION
 from llmpare.compress.errors import InputError, UnsupportedError
 from llmpare.compress.model.experts import Mixture, Slot, check_filled
 from llmpare.compress.model.layout import SUPPORTED, Layout, Linear, Source, sees
@@ -273,7 +274,7 @@ def read_config(source: Source, trust: bool) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     config: PretrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust, local_files_only=True)
-    for name in ("quantization_config", "compression_config"):
+    for name in QUANTIZATION:
         vars(config).pop(name, None)
     return config
 

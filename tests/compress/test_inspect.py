@@ -124,6 +124,13 @@ def test_a_dense_model() -> None:
     assert any("not written by llmpare" in line for line in lines(facts))
 
 
+def test_the_older_name_of_the_config(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, packed(4, 6))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "compression_config": COMPRESSED}))
+    assert inspect(folder)["format"] == "compressed-tensors pack-quantized"
+
+
 def test_mixed_schemes_are_counted_each(tmp_path: Path) -> None:
     second = {name.replace("a.down", "b.down"): spec for name, spec in packed(8, 6).items() if "down" in name}
     third = {name.replace("a.down", "c.down"): spec for name, spec in packed(8, 6).items() if "down" in name}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmpare.compress.checkpoint.files import clipped
-from llmpare.compress.checkpoint.read import Checkpoint
+from llmpare.compress.checkpoint.read import Checkpoint, quantization_of
 from llmpare.compress.errors import InputError
 from llmpare.compress.formats.reading import awq, compressed_tensors, fp8, gptq, mxfp4
 from llmpare.compress.formats.reading.packed import Leaves, Packed, modules
@@ -22,7 +22,6 @@ READERS: dict[str, Reader] = {
     "fp8": fp8.find,
     "mxfp4": mxfp4.find,
 }
-CONFIGS = ("quantization_config", "compression_config")  # the latter as compressed-tensors first called it
 _TELLTALE = ("weight_packed", "qweight", "bitmask", "weight_scale", "weight_scale_inv")
 
 
@@ -32,7 +31,7 @@ def find(checkpoint: Checkpoint) -> tuple[str, list[Packed]]:
     Raises InputError for whatever is quantized in a way that no reader decodes exactly.
     """
     leaves = modules(checkpoint)
-    quantization = next((found for key in CONFIGS if (found := checkpoint.config.get(key)) is not None), None)
+    quantization = quantization_of(checkpoint.config)
     if quantization is None:
         _refuse_unexplained(leaves)
         return "dense", []

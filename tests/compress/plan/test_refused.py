@@ -33,8 +33,9 @@ def test_other_kinds_of_models_are_refused_by_name(llama: Path, tmp_path: Path) 
     )
 
 
-def test_a_model_that_is_quantized_already(tmp_path: Path) -> None:
-    model = edit(write(tmp_path, "llama"), quantization_config={"quant_method": "bitsandbytes"})
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_model_that_is_quantized_already(key: str, tmp_path: Path) -> None:
+    model = edit(write(tmp_path, "llama"), **{key: {"quant_method": "bitsandbytes"}})
     message = refusal(InputError, model)
     assert "already quantized" in message
     assert "'bitsandbytes'" in message

@@ -17,6 +17,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousMixin
 
 from llmpare.compress import memory
+from llmpare.compress.checkpoint.read import quantization_of
 from llmpare.compress.errors import InputError, MemoryLimitError
 from llmpare.compress.evaluate.speed import prompts as prompting
 from llmpare.compress.evaluate.speed import roofline
@@ -42,7 +43,7 @@ def load(job: Job) -> "TransformersEngine":
     Raises MemoryLimitError when the weights alone are more than the job allows.
     """
     config = json.loads((job.model / "config.json").read_bytes())
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    method = (quantization_of(config) or {}).get("quant_method")
     device, dtype = torch.device(job.device), DTYPES[job.dtype]
     if _runs(method):
         family = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM

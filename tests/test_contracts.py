@@ -118,7 +118,7 @@ ALGORITHMS = (
     *(f"{QUANTIZE}.{name}" for name in sorted({*NAMED, "linalg", "refine"})),
     *(f"{PRUNE}.{name}" for name in sorted(MASKS)),
 )
-MATHS = ("torch", "math", "collections", "dataclasses", "itertools", "typing")
+MATHS = ("torch", "numpy", "math", "collections", "dataclasses", "itertools", "typing")
 
 
 @pytest.mark.parametrize("module", ALGORITHMS)

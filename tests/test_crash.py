@@ -19,6 +19,9 @@ import tiny
 from llmpare.compress.checkpoint.publish import verify
 
 SIDE_BY_SIDE = 2  # processes; each takes up its share of what deaths have left
+# One in so many deaths is looked at; odd, since every other one leaves a write half done. How files are written is
+# tested at every operation, with no model behind it: see test_killed.
+EVERY = 5
 KILLED = 25  # every so many states, the run is killed for real where it leaves them
 
 
@@ -36,13 +39,12 @@ def files(folder: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "options", "blocks", "every"),
+    ("kind", "options", "blocks"),
     [
-        (tiny.quantize, ("--method", "gptq", "--rounds", "1"), 2, 3),
-        # how files are written is tested at every operation, with no model behind it: see test_killed
-        (tiny.quantize, ("--method", "tuned", "--rounds", "0", "--steps", "3"), 2, 3),
-        (tiny.prune, ("--ffn", "0.5", "--round-to", "16", "--drop-layers", "1"), 3, 3),
-        (tiny.prune, ("--hidden", "0.75", "--round-to", "8"), 2, 5),
+        (tiny.quantize, ("--method", "gptq", "--rounds", "1"), 2),
+        (tiny.quantize, ("--method", "tuned", "--rounds", "0", "--steps", "3"), 2),
+        (tiny.prune, ("--ffn", "0.5", "--round-to", "16", "--drop-layers", "1"), 3),
+        (tiny.prune, ("--hidden", "0.75", "--round-to", "8"), 2),
     ],
     ids=["gptq", "tuned", "channels and a block", "residual channels"],
 )
@@ -52,13 +54,9 @@ def test_29_killed_at_every_durable_operation(
     kind: Callable[..., list[str]],
     options: tuple[str, ...],
     blocks: int,
-    every: int,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """After each death OUT is absent or complete, and the same command makes it what an undisturbed run makes it.
-
-    every: one in so many deaths is looked at; odd, since every other one leaves a write half done.
-    """
+    """After each death OUT is absent or complete, and the same command makes it what an undisturbed run makes it."""
     model, text = tiny.llama(tmp_path / "model", blocks=blocks, hidden=32, inner=64), tiny.texts(tmp_path)
     parent, copies = tmp_path / "undisturbed", tmp_path / "copies"
     parent.mkdir()
@@ -96,7 +94,7 @@ def test_29_killed_at_every_durable_operation(
                 taken_up[state] = sum(record["resumed"] for record in records)
         return taken_up
 
-    states = states[::every]
+    states = states[::EVERY]
     shares = [states[share::SIDE_BY_SIDE] for share in range(SIDE_BY_SIDE)]
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         found = {state: n for part in pool.map(take_up, zygotes, shares) for state, n in part.items()}

@@ -1,4 +1,4 @@
-"""Linears for GPTQ to solve, and what their solutions lose."""
+"""Linears for solvers, GPTQ above all, and what their solutions lose."""
 
 import torch
 from torch import Tensor
@@ -19,6 +19,20 @@ def gram(columns: int, seed: int, *, tokens: int | None = None) -> Tensor:
 
 def weights(rows: int, columns: int, seed: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1000 + seed)) * 0.05
+
+
+def on_grid(grid: IntGrid, rows: int, columns: int, size: int) -> Tensor:
+    """Weights that the grid holds exactly: in every group both ends of the range occur; scales have either sign."""
+    codes = torch.randint(0, grid.top + 1, (rows, columns // size, size))
+    codes[..., 0], codes[..., 1] = 0, grid.top
+    codes = codes.gather(-1, torch.rand(codes.shape).argsort(-1))
+    scale = (0.01 + torch.rand(rows, columns // size, 1)).to(grid.scale_dtype).float()
+    if grid.symmetric:
+        zero = torch.full_like(scale, grid.middle)
+        scale *= torch.randint(0, 2, scale.shape) * 2 - 1
+    else:
+        zero = torch.randint(0, grid.top + 1, scale.shape).float()
+    return ((codes - zero) * scale).view(rows, columns)
 
 
 def solve(

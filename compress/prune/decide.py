@@ -1,6 +1,6 @@
 """What a request for smaller shapes comes to for one model: counts, what stands in the way, what a search may try."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -105,25 +105,20 @@ def _decisions(cut: Cut, found: Layout, config: Mapping[str, Any], tensors: Mapp
     narrower = sizes.hidden < hidden
     if heads and (sizes.heads < heads[0].count or narrower):
         _check_heads(config, found, sizes, heads[0])
-    warnings = tuple(
-        line
-        for line in (
-            _coarse("ffn", cut.ffn, sizes.ffn, ffn[0].count, "channels") if ffn else None,
-            _coarse("heads", cut.heads, sizes.heads, heads[0].count, "groups of heads") if heads else None,
-            _coarse("hidden", cut.hidden, sizes.hidden, hidden, "channels"),
-        )
-        if line
-    )
+    counts = {"ffn": ffn[0].count if ffn else 0, "heads": heads[0].count if heads else 0, "hidden": hidden}
     remaining = () if narrower else None
+    warnings = tuple(_coarse(cut, sizes, counts))
     return {"sizes": sizes, "ffn": ffn, "heads": heads, "remaining": remaining, "warnings": warnings}
 
 
-def _coarse(name: str, share: float | None, kept: int, count: int, what: str) -> str | None:
-    """What to say where rounding up keeps much more than was asked for."""
-    if share is None or kept / count - share <= COARSE:
-        return None
-    finer = ": --round-to makes finer steps" if name != "heads" else ""
-    return f"--{name} {share:g} keeps {kept} of {count} {what}, {kept / count:.0%}{finer}"
+def _coarse(cut: Cut, sizes: Sizes, counts: Mapping[str, int]) -> Iterator[str]:
+    """What to say where rounding up keeps much more than was asked for. counts: how many there are of what is cut."""
+    for name, count in counts.items():
+        share, kept = vars(cut)[name], vars(sizes)[name]
+        if share is not None and kept / count - share > COARSE:
+            what = "groups of heads" if name == "heads" else "channels"
+            finer = "" if name == "heads" else ": --round-to makes finer steps"
+            yield f"--{name} {share:g} keeps {kept} of {count} {what}, {kept / count:.0%}{finer}"
 
 
 def _units(

@@ -2,26 +2,13 @@ import itertools
 
 import pytest
 import torch
+from solving import on_grid
 from torch import Tensor
 
 from llmpare.compress.grid import IntGrid, Statistics
 from llmpare.compress.quantize import rtn
 
 BITS = (2, 3, 4, 8)
-
-
-def on_grid(grid: IntGrid, rows: int, columns: int, size: int) -> Tensor:
-    """Weights that the grid holds exactly: in every group both ends of the range occur; scales have either sign."""
-    codes = torch.randint(0, grid.top + 1, (rows, columns // size, size))
-    codes[..., 0], codes[..., 1] = 0, grid.top
-    codes = codes.gather(-1, torch.rand(codes.shape).argsort(-1))
-    scale = (0.01 + torch.rand(rows, columns // size, 1)).to(grid.scale_dtype).float()
-    if grid.symmetric:
-        zero = torch.full_like(scale, grid.middle)
-        scale *= torch.randint(0, 2, scale.shape) * 2 - 1
-    else:
-        zero = torch.randint(0, grid.top + 1, scale.shape).float()
-    return ((codes - zero) * scale).view(rows, columns)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

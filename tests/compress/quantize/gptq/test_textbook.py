@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from solving import gram, lost, solve, weights
+from solving import gram, lost, on_grid, solve, weights
 from torch import Tensor
 
 from llmpare.compress.grid import IntGrid, Solved, Statistics
@@ -10,20 +10,6 @@ from llmpare.compress.quantize import gptq, linalg, rtn
 
 BITS = (2, 3, 4, 8)
 TIE = 1e-4  # of a code: closer to a rounding boundary than this, float32 and float64 may decide differently
-
-
-def on_grid(grid: IntGrid, rows: int, columns: int, size: int) -> Tensor:
-    """Weights that the grid holds exactly: in every group both ends of the range occur; scales have either sign."""
-    codes = torch.randint(0, grid.top + 1, (rows, columns // size, size))
-    codes[..., 0], codes[..., 1] = 0, grid.top
-    codes = codes.gather(-1, torch.rand(codes.shape).argsort(-1))
-    scale = (0.01 + torch.rand(rows, columns // size, 1)).to(grid.scale_dtype).float()
-    if grid.symmetric:
-        zero = torch.full_like(scale, grid.middle)
-        scale *= torch.randint(0, 2, scale.shape) * 2 - 1
-    else:
-        zero = torch.randint(0, grid.top + 1, scale.shape).float()
-    return ((codes - zero) * scale).view(rows, columns)
 
 
 def textbook(weight: Tensor, h: Tensor, damping: float, solved: Solved, group_size: int) -> Tensor:

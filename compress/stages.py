@@ -52,8 +52,10 @@ def staged(
     def pause(group: int, x: Any) -> None:
         me = _traveller()
         me.input = x
-        hub.switch(group)
-        me.input = None  # whatever still needs it holds it
+        try:
+            hub.switch(group)
+        finally:  # also where the way ends here
+            me.input = None  # whatever still needs it holds it
 
     def note(name: str, out: Tensor) -> None:
         _traveller().written[name] = out

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmpare.compress import quantize
+from llmpare.compress.activations import experts_per_token, per_token, windows_at_once
 from llmpare.compress.batches import batch_tokens, experts_at_once, weights_at_once
 from llmpare.compress.calibration import DEFAULT_WINDOWS
 from llmpare.compress.checkpoint.files import destination, files_below
@@ -109,10 +110,8 @@ def needs_of(
     text = request.calibration.dataset != NO_TEXT
     windows = (request.calibration.nsamples or DEFAULT_WINDOWS["calibration"]) if text else 0
     scored = request.evaluation.nsamples or DEFAULT_WINDOWS["evaluation"]
-    routed = find(config, "num_experts_per_tok", "num_experts_per_token", default=1)
     of_block = [layout.of_block(index) for index in range(len(blocks))]
-    columns = max(_waiting(linears, routed, hidden) for linears in of_block)
-    rows = max(linear.rows * (1 if linear.expert is None else routed) for linear in layout.linears)
+    columns = max(_waiting(linears, experts_per_token(config), hidden) for linears in of_block)
     both = 2 if work.dense_too else 1
     grams = max((count * columns**2 for found in stacks for _, columns, count in found), default=0)
     if work.dense_too:  # of all inputs at once
@@ -132,14 +131,15 @@ def needs_of(
             max((_solving(*stack, work, text, device) for found in stacks for stack in found), default=0),
             _tuning(treated, min(batch_tokens("cpu"), windows * seqlen) * size) if work.tunes else 0,
         ),
-        # the widest of the linears, thrice, beside the residual stream, and in float32 for its statistics
-        forward_per_token=(3 * rows + 6 * hidden) * size + seqlen * 4 + (4 * columns if text else 0),
+        forward_per_token=per_token(
+            checkpoint, layout.linears, columns if text else 0, hidden, dtype=dtype, seqlen=seqlen, device=device
+        ),
         stream_per_token=hidden * size * both,
         waiting_per_token=0 if work.dense_too else size * (columns + 2 * hidden),
         watched=(2 * scored * seqlen + work.followed) * hidden * size,
         logits_per_position=5 * vocabulary * 4,
         tokens=windows * seqlen,
-        batch=max(windows, scored) * seqlen,
+        at_once=min(max(windows, scored), windows_at_once(checkpoint, seqlen, device)) * seqlen,
         frugal=not work.twin and not work.followed,
         device=device,
     )

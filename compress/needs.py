@@ -7,7 +7,7 @@ not far off; tests compare it with what runs really took.
 from dataclasses import dataclass, replace
 
 from llmpare.compress import memory
-from llmpare.compress.batches import batch_tokens, logit_tokens
+from llmpare.compress.batches import logit_tokens
 
 _IDLE = 0.4  # of what a run takes lies idle between what is in use, if what was freed is kept
 _MOST_IDLE = 2**29  # bytes: where more would lie idle, blocks are so large that new memory costs little beside the work
@@ -61,8 +61,9 @@ class Needs:
     statistics, solving: of its linears. forward_per_token: of the windows that pass through a block at once.
     waiting_per_token: activations that every calibration token costs if all windows wait inside a block.
     stream_per_token: hidden states of every calibration token. watched: hidden states of the evaluation text, and what
-    else stays from beginning to end. logits_per_position: of both models, and their scores. frugal: whether the
-    run can do without parts of the model, and without hidden states, for a time.
+    else stays from beginning to end. logits_per_position: of both models, and their scores. tokens: of the calibration
+    text. at_once: tokens that pass through a block at once. frugal: whether the run can do without parts of the model,
+    and without hidden states, for a time.
     """
 
     process: int
@@ -79,7 +80,7 @@ class Needs:
     watched: int
     logits_per_position: int
     tokens: int
-    batch: int
+    at_once: int
     frugal: bool = True
     device: str = "cpu"
     way: Way = Way()
@@ -119,7 +120,7 @@ class Needs:
             "process": self.process,
             "weights": (self.outside if way.outside else 0) + self.block + (self.following if way.ahead else 0),
             "solver": self.statistics + self.solving,
-            "activations": self._held(way) + max(self._waiting(way), self.forward_per_token * self._at_once),
+            "activations": self._held(way) + max(self._waiting(way), self._passing),
             "kept for reuse": self.memory - self._at(replace(way, ready=False)),
         }
         return ", ".join(f"{name} {memory.show(size)}" for name, size in parts.items() if size)
@@ -151,12 +152,12 @@ class Needs:
 
     def _held(self, way: Way) -> int:
         """Hidden states in memory; if they are spilled, of one batch of two streams, and of what becomes of it."""
-        return self._streams if way.kept else min(self._streams, 3 * self.stream_per_token * self._at_once)
+        return self._streams if way.kept else min(self._streams, 3 * self.stream_per_token * self.at_once)
 
     @property
-    def _at_once(self) -> int:
-        return min(self.batch, batch_tokens(self.device))
+    def _passing(self) -> int:
+        return self.forward_per_token * self.at_once
 
     @property
     def _forward(self) -> int:
-        return self.statistics + self.forward_per_token * self._at_once
+        return self.statistics + self._passing

@@ -23,7 +23,6 @@ import transformers
 from torch import Tensor
 
 from llmpare.compress import devices, memory
-from llmpare.compress.batches import batch_tokens
 from llmpare.compress.checkpoint import publish
 from llmpare.compress.checkpoint.journal import Journal
 from llmpare.compress.checkpoint.read import CONFIG, DENSE, Checkpoint
@@ -173,8 +172,7 @@ def _fitting(job: Job, journal: Journal, work: Callable[[int], _Found]) -> _Foun
             "the same command resumes there, with a larger device, fewer --nsamples, or --device cpu",
         )
 
-    batch = max(1, batch_tokens(job.device.type) // job.plan.seqlen)
-    return devices.fitting(work, batch, job.progress, failure)
+    return devices.fitting(work, job.plan.needs.at_once // job.plan.seqlen, job.progress, failure)
 
 
 def _blocks_done(journal: Journal) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from llmpare.compress import devices, hardware
-from llmpare.compress.batches import batch_tokens
+from llmpare.compress.activations import windows_at_once
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
 from llmpare.compress.distill import confidence, drafting
@@ -66,7 +66,8 @@ def measure(
     what quantization alone made of it. dtype: as --dtype has it."""
     named = hardware.forward_dtype(dtype, Subject("", "", teacher, None).dtype, device.type)
     ids = torch.from_numpy(texts.evaluation.ids)
-    setup = Setup(DTYPES[named], device, max(1, batch_tokens(device.type) // ids.shape[1]), trust, clock, progress)
+    batch = min(windows_at_once(source, ids.shape[1], device.type) for source in (teacher, student))
+    setup = Setup(DTYPES[named], device, batch, trust, clock, progress)
     fallbacks: list[dict[str, str]] = []
 
     def reader(source: DenseSource, name: str) -> Reader:

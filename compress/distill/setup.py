@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmpare.compress import hardware
-from llmpare.compress.batches import batch_tokens
+from llmpare.compress.activations import windows_at_once
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
 from llmpare.compress.distill import cache, lora, losses, output, rounding
@@ -26,7 +26,7 @@ from llmpare.compress.distill.train import Training
 from llmpare.compress.errors import InputError
 from llmpare.compress.evaluate.stream import Setup
 from llmpare.compress.evaluate.vocabulary import require_same
-from llmpare.compress.formats.decoded import DenseSource
+from llmpare.compress.formats.decoded import DenseSource, open_dense
 from llmpare.compress.model import whole
 from llmpare.compress.progress import Progress
 from llmpare.compress.tokenizer import load_tokenizer, tokenizer_files
@@ -73,7 +73,7 @@ def pupil(plan: DistillPlan, teacher: DenseSource, student: DenseSource, ids: Te
     if request.cache_teacher is not None:
         guide = CachedTeacher.open(request.cache_teacher, ids, vocabulary=plan.student.vocabulary, device=device)
     elif request.loss != TEXT_ALONE:
-        guide = live = LiveTeacher(whole.load(teacher, _teacher_dtype(plan, device), device, trust=trust))
+        guide = live = LiveTeacher(whole.load(teacher, DTYPES[_teacher_dtype(plan, device)], device, trust=trust))
         if request.hidden_loss is not None:
             extensions.append(HiddenLoss(request.hidden_loss, request.hidden_weight, live))
     if request.student_scheme is not None:
@@ -96,14 +96,16 @@ def cache_teacher(plan: DistillPlan, ids: Tensor, device: torch.device, clock: C
     if request.cache_teacher is None or request.teacher_absent:
         return
     assert folder is not None
-    batch = max(1, batch_tokens(device.type) // plan.seqlen)
-    how = Setup(_teacher_dtype(plan, device), device, batch, request.trust_remote_code, clock, progress)
+    with open_dense(folder) as source:
+        batch = windows_at_once(source, plan.seqlen, device.type)
+    how = Setup(DTYPES[_teacher_dtype(plan, device)], device, batch, request.trust_remote_code, clock, progress)
     shared = min(plan.teacher.vocabulary, plan.student.vocabulary)
     cache.build(folder, ids, request.cache_teacher, how, vocabulary=shared, restart=request.restart)
 
 
-def _teacher_dtype(plan: DistillPlan, device: torch.device) -> torch.dtype:
-    return DTYPES[hardware.DTYPES[plan.teacher_dtype(device.type)]]
+def _teacher_dtype(plan: DistillPlan, device: torch.device) -> str:
+    """The teacher's precision, as safetensors spells it."""
+    return hardware.DTYPES[plan.teacher_dtype(device.type)]
 
 
 def write(trained: Pupil, source: DenseSource, folder: Path, request: DistillRequest) -> dict[str, str]:

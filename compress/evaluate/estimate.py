@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmpare.compress import memory
+from llmpare.compress.activations import per_token, windows_at_once
 from llmpare.compress.batches import batch_tokens, logit_tokens
 from llmpare.compress.checkpoint.header import tensor_bytes
 from llmpare.compress.errors import MemoryLimitError, UnsupportedError
@@ -37,16 +38,16 @@ def needs(subjects: Sequence[Subject], *, dtype: str, device: str, seqlen: int, 
     at_once = 2 if paired else 1
     fixed = hidden = 0
     for subject in subjects:
-        weights, working, width = _one(subject, size, device, seqlen)
+        weights, working, width = _one(subject, dtype, device, seqlen)
         hidden = max(hidden, width)
         fixed = max(fixed, at_once * weights + working)
     logits = (2 + 2 * at_once) * logit_tokens(device) * max(subject.vocabulary for subject in subjects) * 4
     return Needs(process() + fixed + logits, at_once * hidden * size)
 
 
-def _one(subject: Subject, size: int, device: str, seqlen: int) -> tuple[int, int, int]:
+def _one(subject: Subject, dtype: str, device: str, seqlen: int) -> tuple[int, int, int]:
     """(what stays in memory until the scores are made, what is needed on the way, hidden size) of a model."""
-    source = subject.source
+    source, size = subject.source, tensor_bytes(dtype, (1,))
     infos = source.tensors
     try:
         found = layout(source)
@@ -57,7 +58,6 @@ def _one(subject: Subject, size: int, device: str, seqlen: int) -> tuple[int, in
     hidden = int(find(decoder_config(source.config), "hidden_size", "n_embd", "d_model", default=narrow))
     outside = sum(infos[name].numel * size for name in found.outside)
     block = max(sum(infos[name].numel for name in names) for names in found.blocks)
-    rows = max(sum(linear.rows for linear in found.of_block(index)) for index in range(len(found.blocks)))
-    batch = max(batch_tokens(device), seqlen)
-    forward = batch * (3 * rows + 6 * hidden) * size + batch * seqlen * 4
+    at_once = windows_at_once(source, seqlen, device) * seqlen
+    forward = at_once * per_token(source, found.linears, 0, hidden, dtype=dtype, seqlen=seqlen, device=device)
     return outside, 3 * block * size + max(infos[name].numel * size for name in found.outside) + forward, hidden

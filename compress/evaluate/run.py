@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from llmpare.compress import devices, hardware
-from llmpare.compress.batches import batch_tokens
+from llmpare.compress.activations import windows_at_once
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
 from llmpare.compress.errors import InputError, MemoryLimitError, UsageError
@@ -81,7 +81,7 @@ def _prepare(request: EvaluateRequest, device: torch.device, clock: Clock, progr
         dtype = saved.identity.dtype
     needs = estimate.needs(subjects, dtype=dtype, device=device.type, seqlen=seqlen, paired=baseline is not None)
     needs.check(windows * seqlen, seqlen, devices.room(device), request.max_memory)
-    batch = max(1, batch_tokens(device.type) // seqlen)
+    batch = min(windows_at_once(subject.source, seqlen, device.type) for subject in subjects)
     setup = Setup(DTYPES[dtype], device, batch, request.trust_remote_code, clock, progress)
     job = Job(request, baseline, saved, candidates, watched, first.tokenizer, dtype, setup, previous, warnings, [])
     if previous is not None:

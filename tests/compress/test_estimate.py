@@ -46,7 +46,7 @@ def large(*, stream: int = 8192, waiting: int = 45056, tokens: int = 128 * 2048,
         "watched": GIB,
         "logits_per_position": 20 * 2**17,
         "tokens": tokens,
-        "batch": tokens,
+        "at_once": 4096,
     }
     return Needs(**{**parts, **more})  # type: ignore[arg-type]
 
@@ -116,8 +116,14 @@ def test_freed_memory_is_kept_where_little_of_it_lies_idle(checkpoint: Checkpoin
     assert not large().within(64 * GIB).way.ready
 
 
-def test_the_device_decides_how_much_is_done_at_once() -> None:
-    assert large(waiting=0, forward_per_token=2**20, device="cuda").memory > large(forward_per_token=2**20).memory
+def test_what_passes_at_once_is_what_a_batch_holds(checkpoint: Checkpoint) -> None:
+    """No more than there is, nor than the device gets at once."""
+    per_token = 2**20
+    small = large(waiting=0, forward_per_token=per_token)
+    assert replace(small, at_once=2 * small.at_once).memory == small.memory + per_token * small.at_once
+    assert needs(checkpoint, nsamples=64).at_once == batches.batch_tokens("cpu")
+    few = needs(checkpoint, nsamples=2, evaluation=TextSpec(nsamples=3))
+    assert few.at_once == 3 * SEQLEN
 
 
 def test_the_estimate_holds_what_is_surely_there(checkpoint: Checkpoint) -> None:

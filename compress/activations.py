@@ -3,6 +3,7 @@
 Measured on every family that is tested, and rounded up.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from llmpare.compress.batches import batch_tokens, mixing_at_once
 from llmpare.compress.checkpoint.header import tensor_bytes
 from llmpare.compress.model.layout import Linear, Source, decoder_config, find
 
+_FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"  # of transformers, as the code of a model calls them
 _SCORES = 12  # bytes for a pair of tokens: its score before and after the mask, and its weight, all in float32
 _STATES = 16  # the same for a pair in a chunk of a state space
 _DELTA_CHUNK, _DELTA_STATES = 64, 36  # tokens in a chunk of the gated delta rule; bytes for each of its values
@@ -42,6 +44,35 @@ def per_token(
     routing = routed * hidden * (size + 4) if mixture else 0  # what enters experts, and leaves them in float32
     widened = 4 * columns if device == "cpu" and size < 4 else 0  # a CPU sums in float32 only what is float32
     return passing + routing + mixing(source, seqlen, device) + widened
+
+
+def waiting(source: Source, linears: Sequence[Linear], hidden: int, *, dtype: str, seqlen: int, device: str) -> int:
+    """Bytes that a token costs that waits inside a block until the next of its linears is solved.
+
+    linears: of that block. Whatever the code of a layer has named stays until the layer is left.
+    """
+    config = decoder_config(source.config)
+    layers: dict[str, list[Linear]] = defaultdict(list)
+    for linear in linears:
+        if linear.expert is None:
+            layers[linear.name.rpartition(".")[0]].append(linear)
+    # a third is what has a name, unless the model does without transformers' attention functions
+    mixed = mixing(source, seqlen, device) // (3 if _FUNCTIONS in _code(source, config) else 1)
+    # the one with the widest output is the FFN; if gate and up are one matrix, all of that stays until the end
+    widest = max(linears, key=lambda linear: linear.rows)
+    inner = widest_input(linears, experts_per_token(config), hidden)
+    held = [inner + (widest.rows if widest.expert is None and widest.rows > inner else 0)]
+    for layer in layers.values():
+        if widest not in layer:  # attention: queries, keys and values, those after their rotation, and what they make
+            entering = sum(linear.rows for linear in layer if linear.columns == hidden)
+            held.append(2 * entering + max(linear.columns for linear in layer))
+    return tensor_bytes(dtype, (1,)) * (2 * hidden + max(held)) + mixed
+
+
+def widest_input(linears: Sequence[Linear], routed: int, hidden: int) -> int:
+    """The widest input of a linear in a block, per token; experts' own are what `routed` of them made of it."""
+    inner = [linear.columns for linear in linears if linear.expert is not None and linear.rows == hidden]
+    return max(max(linear.columns for linear in linears), routed * max(inner, default=0))
 
 
 def experts_per_token(config: Mapping[str, Any]) -> int:
@@ -76,7 +107,7 @@ def _fused(source: Source, device: str) -> bool:
     """
     config = decoder_config(source.config)
     code = _code(source, config)
-    repeated = config.get("multi_query") is not True or "ALL_ATTENTION_FUNCTIONS" in code
+    repeated = config.get("multi_query") is not True or _FUNCTIONS in code
     keys = find(config, "qk_nope_head_dim", default=0) + find(config, "qk_rope_head_dim", default=0)
     alike = device != "cpu" or not keys or keys == find(config, "v_head_dim", default=keys)
     return "_supports_sdpa = True" in code and repeated and alike and config.get("alibi") is not True

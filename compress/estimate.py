@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmpare.compress import quantize
-from llmpare.compress.activations import experts_per_token, per_token, windows_at_once
+from llmpare.compress.activations import experts_per_token, per_token, waiting, widest_input, windows_at_once
 from llmpare.compress.batches import batch_tokens, experts_at_once, weights_at_once
 from llmpare.compress.calibration import DEFAULT_WINDOWS
 from llmpare.compress.checkpoint.files import destination, files_below
@@ -111,7 +111,7 @@ def needs_of(
     windows = (request.calibration.nsamples or DEFAULT_WINDOWS["calibration"]) if text else 0
     scored = request.evaluation.nsamples or DEFAULT_WINDOWS["evaluation"]
     of_block = [layout.of_block(index) for index in range(len(blocks))]
-    columns = max(_waiting(linears, experts_per_token(config), hidden) for linears in of_block)
+    columns = max(widest_input(linears, experts_per_token(config), hidden) for linears in of_block)
     both = 2 if work.dense_too else 1
     grams = max((count * columns**2 for found in stacks for _, columns, count in found), default=0)
     if work.dense_too:  # of all inputs at once
@@ -135,7 +135,11 @@ def needs_of(
             checkpoint, layout.linears, columns if text else 0, hidden, dtype=dtype, seqlen=seqlen, device=device
         ),
         stream_per_token=hidden * size * both,
-        waiting_per_token=0 if work.dense_too else size * (columns + 2 * hidden),
+        waiting_per_token=0
+        if work.dense_too
+        else max(
+            waiting(checkpoint, linears, hidden, dtype=dtype, seqlen=seqlen, device=device) for linears in of_block
+        ),
         watched=(2 * scored * seqlen + work.followed) * hidden * size,
         logits_per_position=5 * vocabulary * 4,
         tokens=windows * seqlen,
@@ -164,13 +168,6 @@ def _stacks(linears: Sequence[Linear], device: str) -> list[tuple[int, int, int]
         (total, columns, min(alike[total, columns], experts_at_once(columns, device)) if expert else 1)
         for (_, columns, expert), total in rows.items()
     ]
-
-
-def _waiting(linears: Sequence[Linear], routed: int, hidden: int) -> int:
-    """The widest input of a linear in a block, per token; experts' own are what `routed` of them made of it."""
-    widest = max(linear.columns for linear in linears)
-    inner = [linear.columns for linear in linears if linear.expert is not None and linear.rows == hidden]
-    return max(widest, routed * max(inner, default=0))
 
 
 def _solving(rows: int, columns: int, count: int, work: Work, text: bool, device: str) -> int:

@@ -83,9 +83,8 @@ def _needs(checkpoint: Checkpoint, subject: Subject, request: ShrinkRequest) -> 
     need = needs_of(
         checkpoint, subject.layout, request, WORK, dtype=subject.dtype, seqlen=subject.seqlen, device=subject.device
     )
-    widest = max(linear.columns for linear in subject.layout.linears)
     size, hidden = tensor_bytes(subject.dtype, (1,)), structure.hidden_size(checkpoint.config, subject.layout)
-    return replace(need, waiting_per_token=size * (widest + 4 * hidden) + 4 * hidden)
+    return replace(need, waiting_per_token=need.waiting_per_token + size * 2 * hidden + 4 * hidden)
 
 
 def _decisions(cut: Cut, found: Layout, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:

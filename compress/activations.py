@@ -49,7 +49,8 @@ def per_token(
 def waiting(source: Source, linears: Sequence[Linear], hidden: int, *, dtype: str, seqlen: int, device: str) -> int:
     """Bytes that a token costs that waits inside a block until the next of its linears is solved.
 
-    linears: of that block. Whatever the code of a layer has named stays until the layer is left.
+    linears: of that block. Whatever the code of a layer has named stays until the layer is left: besides what is
+    counted by name below, the residual stream, its norm, and what attention beside the FFN has put out.
     """
     config = decoder_config(source.config)
     layers: dict[str, list[Linear]] = defaultdict(list)
@@ -63,10 +64,11 @@ def waiting(source: Source, linears: Sequence[Linear], hidden: int, *, dtype: st
     inner = widest_input(linears, experts_per_token(config), hidden)
     held = [inner + (widest.rows if widest.expert is None and widest.rows > inner else 0)]
     for layer in layers.values():
-        if widest not in layer:  # attention: queries, keys and values, those after their rotation, and what they make
-            entering = sum(linear.rows for linear in layer if linear.columns == hidden)
-            held.append(2 * entering + max(linear.columns for linear in layer))
-    return tensor_bytes(dtype, (1,)) * (2 * hidden + max(held)) + mixed
+        if widest not in layer:  # attention: queries, keys and values, and what they make
+            entering = [linear.rows for linear in layer if linear.columns == hidden]
+            # rotated, they replace what they were made from, unless that is one matrix
+            held.append(sum(entering) * (2 if len(entering) == 1 else 1) + max(linear.columns for linear in layer))
+    return tensor_bytes(dtype, (1,)) * (3 * hidden + max(held)) + mixed
 
 
 def widest_input(linears: Sequence[Linear], routed: int, hidden: int) -> int:

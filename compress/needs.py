@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from llmpare.compress import memory
 from llmpare.compress.batches import logit_tokens
 
-_IDLE = 0.4  # of what a run takes lies idle between what is in use, if what was freed is kept
+_IDLE = 0.2  # of what a run takes lies idle between what is in use, if what was freed is kept
 _MOST_IDLE = 2**29  # bytes: where more would lie idle, blocks are so large that new memory costs little beside the work
 
 

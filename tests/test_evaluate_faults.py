@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from llmpare.cli import exits
-from llmpare.compress.evaluate import run
+from llmpare.compress import activations
 from llmpare.compress.model.replay import Replay
 from llmpare.compress.streams import Stream
 
@@ -227,7 +227,7 @@ def test_half_the_windows_fit_into_device_memory(
         return real(self, index, hidden, *more)
 
     monkeypatch.setattr(Replay, "run", scarce)
-    monkeypatch.setattr(run, "batch_tokens", lambda device: 4 * 32)
+    monkeypatch.setattr(activations, "batch_tokens", lambda device: 4 * 32)
     ended = llmpare(*command(model, text, "-o", tmp_path / "scarce"))
     assert ended.code == 0
     assert "ran out of memory with 4 windows at a time, trying 2" in ended.err

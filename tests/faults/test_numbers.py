@@ -10,7 +10,7 @@ import tiny
 import torch
 from faults.kit import DOWN_1, Llmpare, none, refused, report, resumable
 
-from llmpare.compress import run
+from llmpare.compress import activations
 from llmpare.compress.model.replay import Replay
 
 LOUD = 1e19  # its square is beyond float32
@@ -146,7 +146,7 @@ def test_28_device_memory_once(
     method: str,
 ) -> None:
     """Half the batch fits: the run goes on from the last finished block, and is as good as any other."""
-    monkeypatch.setattr(run, "batch_tokens", lambda device: 4 * tiny.WINDOW)
+    monkeypatch.setattr(activations, "batch_tokens", lambda device: 4 * tiny.WINDOW)
     options = "--method", method, "--nsamples", "8", *(("--steps", "3") if method == "tuned" else ())
     assert llmpare(tiny.quantize(model, out.with_name("plenty"), text, *options)).code == 0
     worked = device_memory(1, 2)

@@ -244,4 +244,4 @@ def test_decoding_takes_the_memory_that_is_counted(method: str, tmp_path: Path) 
     size, beside, taken = map(int, done.stdout.split())
     assert size == 2 * LARGE**2
     assert beside < size
-    assert 0.9 * size < taken < size + beside
+    assert 0.9 * size < taken < size + beside + 4 * 2**20  # pages of the interpreter's own

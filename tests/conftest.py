@@ -5,6 +5,7 @@ from pathlib import Path
 
 import drawings
 import pytest
+import torch
 
 from llmpare.compress.report.page import svg
 
@@ -27,3 +28,9 @@ def no_drawings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Reports without drawings, except where these are what is tested."""
     if DRAWN not in request.path.parents:
         monkeypatch.setattr(svg, "draw", drawings.blank)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """A test draws the same random numbers whichever ran before it."""
+    torch.manual_seed(0)

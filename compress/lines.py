@@ -18,6 +18,12 @@ def place(lines: Tensor, order: Tensor, changed: Tensor) -> None:
         each[own] = new
 
 
+def take(lines: Tensor, order: Tensor, amount: Tensor) -> None:
+    """Takes away from those that `picked` gives, each of them named once."""
+    for each, own, less in zip(lines, order, amount, strict=True):
+        each.index_add_(0, own, less, alpha=-1)
+
+
 _CACHED = 1 << 20  # numbers that a processor's cache holds
 
 

@@ -1,6 +1,6 @@
 """SparseGPT: weights leave column by column, and the columns still to come absorb the error.
 
-Frantar & Alistarh, 2023 (arXiv:2301.00774). With (H + λI)⁻¹ = Rᵀ·R, leaving out w_ij costs w_ij²/R_jj²; the mask of a
+Frantar & Alistarh, 2023 (arXiv:2301.00774). With H + λI = U·Uᵀ, leaving out w_ij costs w_ij²·U_jj²; the mask of a
 block of columns is chosen when the loop reaches it, from weights that have absorbed everything before.
 """
 
@@ -33,26 +33,25 @@ def solve(weight: Tensor, statistics: Statistics, quota: Quota, *, damping: floa
 def propagate(weight: Tensor, factor: Tensor, quota: Quota) -> tuple[Tensor, Tensor]:
     """Weights and mask [rows, columns] by error propagation, from left to right.
 
-    weight [rows, columns], dead columns already zero; factor: R, upper triangular. For each column i that loses
-    weights, e = w_i/R_ii where they go, and every later column j gets w_j −= e·R_ij.
+    weight [rows, columns], dead columns already zero; factor: U with H + λI = U·Uᵀ, upper triangular. With R = U⁻¹,
+    for each column i that loses weights, e = w_i/R_ii where they go, and every later column j gets w_j −= e·R_ij.
     """
-    pending = weight.t().contiguous().unsqueeze(0)  # [1, columns, rows]
-    keep = torch.empty_like(weight, dtype=torch.bool)
+    pending = weight.t().contiguous().unsqueeze(0)  # [1, columns, rows]; errors W − Q of the columns that are done
+    pruned, keep = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
     size, columns = quota.block(_BLOCK), len(factor)
     errors, leaving = Backlog(pending, size), Lines(keep.t().unsqueeze(0), size)
-    diagonal = factor.diagonal()
-    sharpness = (1 / diagonal).tolist()
+    sharpness = factor.diagonal().tolist()
     for start in range(0, columns, size):
         part = slice(start, min(start + size, columns))
-        mask = quota.keep((pending[0, part] / diagonal[part, None]).square_().t())
+        wanted, root = linalg.absorb(pending, factor.unsqueeze(0), part)
+        mask = quota.keep((wanted[0] * factor.diagonal()[part, None]).square_().t())
         keep[:, part] = mask
-        errors.begin(pending[:, part], factor[part, part].t().unsqueeze(0))
+        errors.begin(wanted, root.mT)
         lines = zip(sharpness[part], errors.lines.each, leaving.fill(~mask.t().unsqueeze(0)), strict=False)
         for i, (sharp, error, gone) in enumerate(lines):
             column = errors.settle(i)
             torch.mul(column, gone, out=error).mul_(sharp)
             column.masked_fill_(gone, 0.0)
-        count = part.stop - start
-        pending[:, part] = errors.columns.all[:, :count]
-        pending[0, part.stop :].addmm_(factor[part, part.stop :].t(), errors.lines.all[0, :count], alpha=-1)
-    return pending[0].t().contiguous(), keep
+        pruned[:, part] = errors.columns.all[0, : part.stop - start].t()
+        pending[0, part] -= pruned[:, part].t()
+    return pruned, keep

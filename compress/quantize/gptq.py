@@ -72,7 +72,7 @@ def solve_alike(
 class _Matrix:
     """One matrix before the loop. order: its columns by importance. damping: used for the factor.
 
-    factor: R of the damped H in that order, None if it has none. It is as large as H: whoever uses it takes it away.
+    factor: U of the damped H in that order, None if it has none. It is as large as H: whoever uses it takes it away.
     """
 
     weight: Tensor
@@ -87,7 +87,8 @@ def _prepare(weight: Tensor, statistics: Statistics, damping: float, correction:
     order = gram.diagonal().argsort(descending=True, stable=True)
     factor, used = linalg.factorise(gram, damping, order)
     if factor is not None and correction and statistics.drift is not None:
-        weight = linalg.correct(weight, factor[:, order.argsort()], statistics.drift, correction)
+        parts = weight.split(rows_at_once(weight))
+        weight = torch.cat([linalg.correct(part, factor, order, statistics.drift, correction) for part in parts])
     return _Matrix(weight, gram, order, factor, used)
 
 
@@ -148,31 +149,32 @@ def propagate(
     """Codes [matrices, rows, columns] that minimise tr((Q − W)·H·(Q − W)ᵀ) greedily, column by column.
 
     weight [matrices, rows, columns], dead columns already zero. order [matrices, columns]: the sequence in which
-    columns are rounded. factor: R with (H⁻¹)[order][:, order] = Rᵀ·R, upper triangular, [matrices, columns, columns].
+    columns are rounded. factor: U with H[order][:, order] = U·Uᵀ, upper triangular, [matrices, columns, columns].
     scale, zero [matrices, rows, groups], for original columns.
 
-    With W permuted by `order`, for each column i: q_i = quantize(w_i), e = w_i − q_i, and every later column j gets
-    w_j −= e·R_ij/R_ii. The columns outside the block get the sum of its corrections at once.
+    With W permuted by `order` and R = U⁻¹, for each column i: q_i = quantize(w_i), e = w_i − q_i, and every later
+    column j gets w_j −= e·R_ij/R_ii. Columns of later blocks hear of it when it is their turn, from the errors of all
+    columns before them: one large product for a block, which writes nothing but that block, and of R only the
+    blocks on the diagonal.
     """
     grids = grid.columns(order, scale, zero, group_size)
-    pending = picked(weight.mT, order)
+    pending = picked(weight.mT, order)  # errors W − Q of the columns that are done
     centred = torch.empty_like(pending)  # codes minus zero points
-    inverse = 1 / factor.diagonal(dim1=1, dim2=2).unsqueeze(2)  # [matrices, columns, 1]
     width = block(pending)
     errors = Backlog(pending, width)
     codes, scales, inverses = (Lines(pending, width) for _ in range(3))
     for start in range(0, order.shape[1], width):
         part = slice(start, min(start + width, order.shape[1]))
         here, count = grids(part), part.stop - start
-        errors.begin(pending[:, part], (factor[:, part, part] * inverse[:, part]).mT)
+        wanted, root = linalg.absorb(pending, factor, part)
+        errors.begin(wanted, (root / root.diagonal(dim1=1, dim2=2).unsqueeze(2)).mT)
         lines = (codes.each, errors.lines.each, scales.fill(here.scale), inverses.fill(1 / here.scale), here.bounds())
         for i, (code, error, size, shrink, (low, high)) in zip(range(count), zip(*lines, strict=False), strict=False):
             value = errors.settle(i)
             torch.mul(value, shrink, out=code).round_().clamp_(low, high)
             torch.addcmul(value, code, size, value=-1, out=error)
         centred[:, part] = codes.all[:, :count]
-        done = errors.lines.all[:, :count].mul_(inverse[:, part])
-        pending[:, part.stop :].baddbmm_(factor[:, part, part.stop :].mT, done, alpha=-1)
+        pending[:, part].addcmul_(centred[:, part], here.scale, value=-1)
     found = torch.empty_like(weight)
     place(found.mT, order, centred)
     return found.add_(zero.repeat_interleave(group_size, dim=2))

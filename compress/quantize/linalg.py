@@ -44,40 +44,25 @@ def permuted(matrix: Tensor, order: Tensor) -> Tensor:
     return found
 
 
-def inverse_factor(matrix: Tensor) -> Tensor | None:
-    """R, upper triangular, with H⁻¹ = Rᵀ·R: `cholesky(inverse(H), upper=True)` by one factorisation, not two.
+def upper_factor(matrix: Tensor) -> Tensor | None:
+    """U, upper triangular, with H = U·Uᵀ. None when H is not positive definite, or holds NaN or infinities.
 
-    With J the reversal of indices, L = cholesky(J·H·J) and U = J·L·J is upper triangular with H = U·Uᵀ; so R = U⁻¹,
-    or J·L⁻¹·J. None when the matrix is not positive definite, or holds NaN or infinities.
+    It is to error propagation what the Cholesky factor of H⁻¹ is, R = U⁻¹, without a matrix ever being inverted.
+    With J the reversal of indices, L = cholesky(J·H·J) gives U = J·L·J.
     """
-    return _inverse_factor_(matrix.flip(0, 1))
+    return _upper_factor_(matrix.flip(0, 1))
 
 
-def _inverse_factor_(matrix: Tensor) -> Tensor | None:
+def _upper_factor_(matrix: Tensor) -> Tensor | None:
     """The same for J·H·J, contiguous, in its own memory."""
     lower, failed = matrix.t(), torch.empty((), dtype=torch.int32, device=matrix.device)  # LAPACK works on columns
     torch.linalg.cholesky_ex(lower, out=(lower, failed))
     if int(failed) != 0:
         return None
-    invert_(lower)
     _reverse_(matrix)
     factor = matrix.t()
-    sound = factor.sum().isfinite() & (factor.diagonal() > 0).all()  # the root of 1/∞ is 0
+    sound = factor.sum().isfinite() & (factor.diagonal() > 0).all()
     return factor if bool(sound) else None
-
-
-def invert_(lower: Tensor) -> None:
-    """A lower triangular matrix becomes its inverse, a panel of columns at a time from the right.
-
-    With L = [[A, 0], [B, C]] and C inverted already, L⁻¹ = [[A⁻¹, 0], [−C⁻¹·B·A⁻¹, C⁻¹]].
-    """
-    identity = torch.eye(min(_PANEL, len(lower)), dtype=lower.dtype, device=lower.device)
-    for start in reversed(range(0, len(lower), _PANEL)):
-        end = min(start + _PANEL, len(lower))
-        corner = lower[start:end, start:end]
-        inverse = torch.linalg.solve_triangular(corner, identity[: end - start, : end - start], upper=False)
-        lower[end:, start:end] = (lower[end:, end:] @ (lower[end:, start:end] @ inverse)).neg_()
-        corner.copy_(inverse)
 
 
 def _reverse_(matrix: Tensor) -> None:
@@ -92,17 +77,17 @@ def _reverse_(matrix: Tensor) -> None:
 
 
 def factorise(gram: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor | None, float]:
-    """(R, damping used): the inverse factor of the damped Gram, with ten times the damping for every failure.
+    """(U, damping used): the upper factor of the damped Gram, with ten times the damping for every failure.
 
-    order: the sequence of columns that R is for, the present one if it is not given. R is None when even MAX_DAMPING
-    does not make it positive definite. Takes no more memory than R.
+    order: the sequence of columns that U is for, the present one if it is not given. U is None when even MAX_DAMPING
+    does not make it positive definite. Takes no more memory than U.
     """
     order = torch.arange(len(gram), device=gram.device) if order is None else order
     backwards = order.flip(0)
     while True:
         matrix = permuted(gram, backwards)
         matrix.diagonal().copy_(_damped_diagonal(gram, damping)[backwards])
-        factor = _inverse_factor_(matrix)
+        factor = _upper_factor_(matrix)
         if factor is not None or damping >= MAX_DAMPING:
             return factor, damping
         damping = more(damping)
@@ -113,11 +98,31 @@ def more(damping: float) -> float:
     return min(max(damping, 1e-4) * 10, MAX_DAMPING)
 
 
-def correct(weight: Tensor, root: Tensor, drift: Tensor, strength: float) -> Tensor:
+def absorb(lines: Tensor, factor: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """The columns `part` of W, moved to where the output suffers least from the errors before them; and their R.
+
+    lines [matrices, columns, rows]: errors W − Q before `part`, W from there on. factor: U, [matrices, columns,
+    columns]. With a the errors and b the part, the loss ‖(W − Q)·U‖² of the part's own columns vanishes at
+    Q_b = W_b + (W − Q)_a·U_ab·R_bb, R_bb = (U_bb)⁻¹ being that block of the Cholesky factor of H⁻¹. Returns Q_b
+    [matrices, part, rows] and R_bb [matrices, part, part].
+    """
+    own = factor[:, part, part]
+    identity = torch.eye(own.shape[1], dtype=own.dtype, device=own.device).expand(own.shape)
+    inverse = torch.linalg.solve_triangular(own, identity, upper=True)
+    owed = factor[:, : part.start, part].mT @ lines[:, : part.start]
+    return torch.baddbmm(lines[:, part], inverse.mT, owed), inverse
+
+
+def correct(weight: Tensor, factor: Tensor, order: Tensor, drift: Tensor, strength: float) -> Tensor:
     """W + strength · W·D·(H + λI)⁻¹: the weight that makes up for errors that its inputs already carry.
 
     With X the original model's input and X̃ the compressed model's, W·X ≈ W′·X̃ in the least-squares sense at
     strength 1; less than 1 trusts the calibration text less. Idea: GPTAQ, arXiv:2504.02692.
-    weight [rows, columns]; drift D = (X − X̃)ᵀX̃ / tokens; root: any R with (H + λI)⁻¹ = Rᵀ·R.
+    weight [rows, columns]; drift D = (X − X̃)ᵀX̃ / tokens; factor: U of H + λI in that order of columns.
     """
-    return weight + strength * (weight @ drift @ root.t() @ root)
+    aim = (weight @ drift)[:, order]
+    half = torch.linalg.solve_triangular(factor.mT, aim, upper=False, left=False)
+    found = torch.linalg.solve_triangular(factor, half, upper=True, left=False)
+    changed = weight.clone()
+    changed[:, order] += strength * found
+    return changed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmpare.compress.grid import IntGrid
-from llmpare.compress.lines import Backlog, Lines, block, picked, place
+from llmpare.compress.lines import Backlog, Lines, block, picked, place, take
 
 _STRIPS = 8  # that a quadratic form is computed in, each up to the diagonal only: 9/16 of the full square
 _CURVATURES = 3  # copies of the weights that may go into A, of which three are held at a time
@@ -38,7 +38,9 @@ def energy(weight: Tensor, gram: Tensor) -> Tensor:
 class Refinement:
     """Codes and scales that are being bettered, columns in front of rows: [matrices, columns, rows].
 
-    What it holds beside them is the slope (W − Q)·H, which both steps start from and keep up to date.
+    What it holds beside them is the miss W − Q, which both steps start from and keep up to date. The slope of L,
+    G = (W − Q)·H, is computed where it is needed: keeping it up to date would take as many products, and all of it
+    would have to be written after every block of columns.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Refinement:
         self._zero, self._scale = zero, scale.mT.clone()
         self._offset = zero.mT.repeat_interleave(group_size, dim=1)
         self._centred = codes.mT.contiguous() - self._offset  # codes minus zero points
-        self._slope = gram @ _weights(self._centred, self._scale).neg_().add_(weight.mT)
+        self._miss = _weights(self._centred, self._scale).neg_().add_(weight.mT)
 
     @property
     def codes(self) -> Tensor:
@@ -67,22 +69,22 @@ class Refinement:
     def descend(self, order: Tensor, sweeps: int) -> None:
         """Better codes for these scales: `sweeps` passes over the columns in the order [matrices, columns].
 
-        The best real value of column j is q_j + G_j / H_jj with G = (W − Q)·H; rounding it to the grid is optimal
-        because L is a parabola in q_j. A change Δ of column j changes G by −Δ·H_j.
+        The best real value of column j is q_j + G_j / H_jj; rounding it to the grid is optimal because L is a parabola
+        in q_j. A change Δ of column j changes G by −Δ·H_j.
         """
         grids = self._grid.columns(order, self.scale, self._zero, self._size)
         sharpness = 1 / self._gram.diagonal(dim1=1, dim2=2)
         centred = picked(self._centred, order)
-        width = block(self._slope)
-        changes = Backlog(self._slope, width)  # of weights
-        moves, codes, scales, paces = (Lines(self._slope, width) for _ in range(4))
+        width = block(self._miss)
+        changes = Backlog(self._miss, width)  # of weights
+        moves, codes, scales, paces = (Lines(self._miss, width) for _ in range(4))
         for _ in range(sweeps):
-            moved = torch.zeros((), device=self._slope.device)
+            moved = torch.zeros((), device=self._miss.device)
             for start in range(0, order.shape[1], width):
                 part = slice(start, min(start + width, order.shape[1]))
                 own, here, count = order[:, part], grids(part), part.stop - start
                 near = picked(self._gram, own)  # [matrices, count, columns]
-                changes.begin(picked(self._slope, own), picked(near.mT, own))
+                changes.begin(near @ self._miss, picked(near.mT, own))
                 filled = (
                     codes.fill(centred[:, part]),
                     scales.fill(here.scale),
@@ -95,7 +97,7 @@ class Refinement:
                 step = moves.all[:, :count]
                 moved = torch.maximum(moved, step.abs().amax())
                 centred[:, part] += step
-                self._slope.baddbmm_(near.mT, changes.lines.all[:, :count], alpha=-1)
+                take(self._miss, own, changes.lines.all[:, :count])
             if not moved:
                 break
         place(self._centred, order, centred)
@@ -108,14 +110,15 @@ class Refinement:
         not pay keep theirs.
         """
         _, groups, rows = self._scale.shape
-        step = max(1, rows * _CURVATURES * self._slope.shape[1] // groups**2)
+        step = max(1, rows * _CURVATURES * self._miss.shape[1] // groups**2)
         for start in range(0, rows, step):
             self._refit(slice(start, start + step))
 
     def _refit(self, part: slice) -> None:
         """The same for some rows."""
-        slope, centred, scale = self._slope[..., part], self._centred[..., part], self._scale[..., part].mT
-        matrix, wanted = self._curvature(centred), self._by_group(slope * centred).mT  # [matrices, rows, groups…]
+        miss, centred, scale = self._miss[..., part], self._centred[..., part], self._scale[..., part].mT
+        wanted = self._by_group((self._gram @ miss).mul_(centred)).mT  # b: [matrices, rows, groups]
+        matrix = self._curvature(centred)
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         empty = diagonal <= 0  # a group of zeros only: any scale does, and with 1 on the diagonal it keeps its own
         regular = matrix.clone()
@@ -127,7 +130,7 @@ class Refinement:
         change = fitted - scale
         gain = change * (2 * wanted - (matrix @ change.unsqueeze(-1)).squeeze(-1))
         worse = gain.sum(-1, keepdim=True) < 0
-        slope.baddbmm_(self._gram, _weights(centred, change.masked_fill_(worse, 0.0).mT), alpha=-1)
+        miss -= _weights(centred, change.masked_fill_(worse, 0.0).mT)
         self._scale[..., part] = torch.where(worse, scale, fitted).mT
 
     def _curvature(self, centred: Tensor) -> Tensor:

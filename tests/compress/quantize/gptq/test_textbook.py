@@ -83,7 +83,7 @@ def test_propagate_follows_the_order_it_is_given(order: str) -> None:
     """…also one that is not act-order."""
     h, weight, grid = linalg.damp(gram(40, 3), 0.01), weights(5, 40, 3), IntGrid(3, True)
     permutation = torch.arange(39, -1, -1) if order == "falling" else torch.randperm(40)
-    factor = linalg.inverse_factor(h[permutation][:, permutation])
+    factor = linalg.upper_factor(h[permutation][:, permutation])
     assert factor is not None
     scale, zero = grid.search(weight, None, 20)
     one = (each.unsqueeze(0) for each in (weight, factor, permutation, scale, zero))

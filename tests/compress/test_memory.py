@@ -1,3 +1,4 @@
+import os
 import platform
 import resource
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 from llmpare.compress import memory
 
 MIB = 2**20
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
 
 @pytest.mark.parametrize(
@@ -123,3 +125,30 @@ def test_trim_gives_back_what_was_freed_between_things_that_stay() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True)
     assert int(done.stdout) > 100 * MIB
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE.exists() or "[never]" in HUGE.read_text(), reason="no huge pages here")
+@pytest.mark.parametrize(("decided", "expected"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)])
+def test_every_command_asks_for_huge_pages_unless_the_user_decided(decided: dict[str, str], expected: bool) -> None:
+    """The flags of the mapping that a large tensor lies in, after a command in the same process."""
+    script = (
+        "from llmpare.cli.exits import main\n"
+        f"assert main(['inspect', {str(EXAMPLE)!r}]) == 0\n"
+        "import torch\n"
+        "tensor = torch.ones(2**25)\n"
+        "where = tensor.data_ptr() + 2**20\n"
+        "inside = False\n"
+        "for line in open('/proc/self/smaps'):\n"
+        "    first, _, rest = line.partition(' ')\n"
+        "    if '-' in first:\n"
+        "        start, end = (int(each, 16) for each in first.split('-'))\n"
+        "        inside = start <= where < end\n"
+        "    elif first == 'VmFlags:' and inside:\n"
+        "        print('huge' if 'hg' in rest.split() else 'small')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"} | decided
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ("huge" if expected else "small")

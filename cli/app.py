@@ -13,7 +13,6 @@ from llmpare.cli import distilling, flags, pruning, requests, settings
 from llmpare.cli.output import Output
 from llmpare.cli.progress import Watcher
 from llmpare.cli.settings import Settings
-from llmpare.compress import memory
 from llmpare.compress.errors import GateError
 from llmpare.compress.request import QuantizeRequest
 
@@ -33,7 +32,7 @@ app = typer.Typer(
 
 @app.callback()
 def llmpare(version: flags.Version = False) -> None:
-    memory.prefer_huge_pages()
+    pass
 
 
 @app.command()

@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; arguments default to those of the process."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     output = of_process(words, os.environ)
+    _prefer_huge_pages()
     try:
         with _stopping_on_signals():
             code = app(words, prog_name="llmpare", standalone_mode=False, obj=output)
@@ -69,6 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         _drop_unwritable(sys.stdout)
         _drop_unwritable(sys.stderr)
+
+
+def _prefer_huge_pages() -> None:
+    """Has torch, which is not loaded yet, ask for huge pages for large tensors, unless the user decided (Linux).
+
+    Most systems give them only to who asks. One fault then takes the place of 512, which can take longer than the
+    operations on what they bring.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _explain(error: Exception, output: Output) -> int:

@@ -82,15 +82,6 @@ def _address_space() -> int | None:
     return soft - mapped
 
 
-def prefer_huge_pages() -> None:
-    """Has torch, which must not be loaded yet, ask for huge pages for large tensors, unless the user decided (Linux).
-
-    Most systems give them only to who asks. One fault then takes the place of 512, which can take longer than the
-    operations on what they bring.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 def keep_lean() -> None:
     """Has every large allocation of this process mapped on its own, so that freeing it gives it back at once (glibc).
 

@@ -36,15 +36,17 @@ def propagate(weight: Tensor, factor: Tensor, quota: Quota) -> tuple[Tensor, Ten
     weight [rows, columns], dead columns already zero; factor: U with H + λI = U·Uᵀ, upper triangular. With R = U⁻¹,
     for each column i that loses weights, e = w_i/R_ii where they go, and every later column j gets w_j −= e·R_ij.
     """
-    pending = weight.t().contiguous().unsqueeze(0)  # [1, columns, rows]; errors W − Q of the columns that are done
+    # [1, columns, rows]: W of the columns to come, errors W − Q of those that are done
+    pending = weight.t().contiguous().unsqueeze(0)
     pruned, keep = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
     size, columns = quota.block(_BLOCK), len(factor)
     errors, leaving = Backlog(pending, size), Lines(keep.t().unsqueeze(0), size)
-    sharpness = factor.diagonal().tolist()
+    diagonal = factor.diagonal()
+    sharpness = diagonal.tolist()
     for start in range(0, columns, size):
         part = slice(start, min(start + size, columns))
         wanted, root = linalg.absorb(pending, factor.unsqueeze(0), part)
-        mask = quota.keep((wanted[0] * factor.diagonal()[part, None]).square_().t())
+        mask = quota.keep((wanted[0] * diagonal[part, None]).square_().t())
         keep[:, part] = mask
         errors.begin(wanted, root.mT)
         lines = zip(sharpness[part], errors.lines.each, leaving.fill(~mask.t().unsqueeze(0)), strict=False)
@@ -52,6 +54,7 @@ def propagate(weight: Tensor, factor: Tensor, quota: Quota) -> tuple[Tensor, Ten
             column = errors.settle(i)
             torch.mul(column, gone, out=error).mul_(sharp)
             column.masked_fill_(gone, 0.0)
-        pruned[:, part] = errors.columns.all[0, : part.stop - start].t()
-        pending[0, part] -= pruned[:, part].t()
+        left = errors.columns.all[0, : part.stop - start]
+        pruned[:, part] = left.t()
+        pending[0, part] -= left
     return pruned, keep

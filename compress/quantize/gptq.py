@@ -158,7 +158,7 @@ def propagate(
     blocks on the diagonal.
     """
     grids = grid.columns(order, scale, zero, group_size)
-    pending = picked(weight.mT, order)  # errors W − Q of the columns that are done
+    pending = picked(weight.mT, order)  # W of the columns to come, errors W − Q of those that are done
     centred = torch.empty_like(pending)  # codes minus zero points
     width = block(pending)
     errors = Backlog(pending, width)

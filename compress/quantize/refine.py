@@ -39,7 +39,7 @@ class Refinement:
     """Codes and scales that are being bettered, columns in front of rows: [matrices, columns, rows].
 
     What it holds beside them is the miss W − Q, which both steps start from and keep up to date. The slope of L,
-    G = (W − Q)·H, is computed where it is needed: keeping it up to date would take as many products, and all of it
+    G = (W − Q)·H, is computed where it is needed: keeping it up to date would take one product more, and all of it
     would have to be written after every block of columns.
     """
 

@@ -1,7 +1,7 @@
 """How the process ends: the one table of exit codes, the one broad except, signals.
 
-0 fine, 1 our bug, 2 command line, 3 input, 4 gate or --strict, 5 output, 6 memory, 7 busy, 128 + n stopped by
-signal n (130 SIGINT, 143 SIGTERM), 141 standard output closed by its reader.
+0 fine, 1 our bug, 2 command line, 3 input, 4 gate, --strict or a part not measured, 5 output, 6 memory, 7 busy,
+128 + n stopped by signal n (130 SIGINT, 143 SIGTERM), 141 standard output closed by its reader.
 """
 
 import errno

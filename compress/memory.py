@@ -45,6 +45,14 @@ def forget_peak() -> None:
         return
 
 
+def exhausted(error: BaseException) -> bool:
+    """Whether memory ran out, the machine's or a device's. torch, which need not be loaded, has a type for the latter
+    only.
+    """
+    device = type(error).__name__ == "OutOfMemoryError"
+    return device or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def show(count: float) -> str:
     """A number of bytes for people: '3.1 GiB', '820 MiB'."""
     if count >= GIB:

@@ -22,6 +22,7 @@ def evaluation(names: Sequence[str] = ("out/w4",), *, speed: bool = True, tasks:
         "evaluation": {**base["evaluation"], "ids_sha256": "d" * 64, "scored_bytes": 24_011},
         "candidates": candidates,
         "warnings": [],
+        "failures": [],
         "gates": [gate for candidate in candidates for gate in candidate["gates"]],
         "fallbacks": [],
         "cost": base["cost"],

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from llmpare.compress.evaluate import tasks
+from llmpare.compress.evaluate.request import TasksRequest
 from llmpare.compress.evaluate.tasks import Score, TaskScores
 from llmpare.compress.formats.decoded import open_dense
 
@@ -72,12 +73,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def score(names: list[str] | str, include: Path | None, model: Path = tiny.EXAMPLE, **more: Any) -> TaskScores:
     """The scores of a model in float32 on the CPU."""
-    options: dict[str, Any] = {"limit": None, "num_fewshot": None, "batch_size": 4, "trust": False}
-    names = [names] if isinstance(names, str) else names
+    options: dict[str, Any] = {"include": include, "batch_size": 4, **more}
+    asked = TasksRequest((names,) if isinstance(names, str) else tuple(names), **options)
+    prepared = tasks.prepare(asked)
     with open_dense(model) as source:
-        return tasks.run(
-            source, names, include=include, dtype=torch.float32, device=torch.device("cpu"), **{**options, **more}
-        )
+        return tasks.run(source, prepared, asked, dtype=torch.float32, device=torch.device("cpu"), trust=False)
 
 
 def find(scores: TaskScores, metric: str, task: str | None = None) -> Score:

@@ -20,6 +20,7 @@ from llmpare.calibration_data import presets
 from llmpare.compress.checkpoint.files import clipped
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.evaluate.quiet import Notes, silence
+from llmpare.compress.evaluate.request import TasksRequest
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -100,26 +101,13 @@ def build(name: str, entry: Entry) -> "TaskDict":
     return loaded
 
 
-def answer(
-    name: str,
-    built: "TaskDict",
-    model: "PreTrainedModel",
-    tokenizer: Any,
-    *,
-    limit: int | None,
-    num_fewshot: int | None,
-    batch_size: int,
-) -> Answers:
-    """The model's results, document by document.
-
-    limit: the first documents of each task only. num_fewshot: examples in front of each question; None leaves that to
-    the task. batch_size: sequences at a time. Raises InputError for a document that does not fit its task.
-    """
+def answer(name: str, built: "TaskDict", model: "PreTrainedModel", tokenizer: Any, asked: TasksRequest) -> Answers:
+    """The model's results, document by document. Raises InputError for a document that does not fit its task."""
     from jinja2 import TemplateError
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    notes = Notes()
+    notes, num_fewshot = Notes(), asked.num_fewshot
     for task in built["tasks"].values():
         fixed = task.get_config("num_fewshot")
         if num_fewshot is None or fixed == 0:  # asked without examples on purpose: lm-eval's rule
@@ -132,10 +120,10 @@ def answer(
     try:
         with silence():
             _seed()
-            model_of_lm_eval = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            model_of_lm_eval = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=asked.batch_size)
             with notes.taken("lm_eval"):
                 # Its own standard errors are drawn at random by a pool of processes.
-                results = evaluate(model_of_lm_eval, built, limit=limit, bootstrap_iters=0, log_samples=True)
+                results = evaluate(model_of_lm_eval, built, limit=asked.limit, bootstrap_iters=0, log_samples=True)
     except (*UNSOUND, TemplateError) as error:
         raise InputError(f"task {name!r} cannot be put to the model: {_line(error)}") from error
     return Answers(results, built["tasks"], notes.messages())

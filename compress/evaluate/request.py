@@ -24,7 +24,10 @@ class TextRequest:
 
 @dataclass(frozen=True)
 class TasksRequest:
-    """Tasks of the lm-eval library. limit: documents per task. include: folder with further tasks as YAML."""
+    """Tasks, groups or tags of the lm-eval library, or of include: a folder with tasks as YAML, or one such file, whose
+    paths are relative to it. limit: the first documents of each task only. num_fewshot: examples in front of a
+    question, None as each task has it. batch_size: sequences at a time.
+    """
 
     names: tuple[str, ...]
     limit: int | None = None

@@ -32,8 +32,8 @@ from llmpare.compress.report import against, gates
 def run_evaluate(request: EvaluateRequest, progress: Progress) -> dict[str, Any]:
     """Measures models and returns the report, which also lies in request.out if that is set.
 
-    Raises LlmpareError for what cannot be measured. A model that fails its gates or gives no numbers is no error: the
-    report says `"passed": false`.
+    Raises LlmpareError for models that cannot be run. A model that fails its gates, gives no numbers, or whose tasks or
+    speed cannot be measured, is no error: the report says `"passed": false`.
     """
     transformers.logging.set_verbosity_error()
     progress.phase("planning")
@@ -58,7 +58,6 @@ def _prepare(request: EvaluateRequest, device: torch.device, clock: Clock, progr
         raise UsageError("--save-baseline: the baseline is saved already", "name the original model with --baseline")
     baseline, candidates = open_subjects(request, None if saved else place, stack)
     subjects = [*([baseline] if baseline else []), *candidates]
-    extras.check(request, [subject.source.folder for subject in subjects])
     first = next((subject for subject in subjects if subject.tokenizer is not None), None)
     if first is None:
         raise InputError(f"{subjects[0].source.folder}: no tokenizer in the model folder, expected tokenizer.json")
@@ -83,7 +82,9 @@ def _prepare(request: EvaluateRequest, device: torch.device, clock: Clock, progr
     needs.check(windows * seqlen, seqlen, devices.room(device), request.max_memory)
     batch = min(windows_at_once(subject.source, seqlen, device.type) for subject in subjects)
     setup = Setup(DTYPES[dtype], device, batch, request.trust_remote_code, clock, progress)
-    job = Job(request, baseline, saved, candidates, watched, first.tokenizer, dtype, setup, previous, warnings, [])
+    with clock.phase("tasks"):
+        tasks = extras.prepare(request, [subject.source.folder for subject in subjects])
+    job = Job(request, baseline, saved, candidates, watched, first.tokenizer, dtype, setup, tasks, previous, warnings)
     if previous is not None:
         with clock.phase("read"):
             against.require_comparable(sections.outline(job), previous)
@@ -113,12 +114,12 @@ def _same_model(saved: Saved) -> None:
 
 
 def _measure(job: Job) -> dict[str, Any]:
-    request, setup = job.request, job.setup
+    request = job.request
     saver = None if request.save_baseline is None else Saver(request.save_baseline, request.top_k)
     dense: Reader | Saved | None = job.saved
     if job.baseline is not None:
         dense = _read(job, job.baseline)
-    plus = extras.Extras(request, setup)
+    plus = extras.Extras(job)
     reference = plus.baseline(job.baseline)
     candidates = []
     for subject in job.candidates:
@@ -126,7 +127,6 @@ def _measure(job: Job) -> dict[str, Any]:
         if saver is not None:  # the first candidate has seen all that the baseline predicts
             saver.finish(sections.identity(job, job.baseline or subject))
             saver = None
-    job.warnings += plus.warnings
     return sections.report(job, candidates, reference)
 
 
@@ -175,6 +175,7 @@ def _candidate(
         job.warnings.append(f"{subject.given}: perplexity is not finite, first at {where}")
         setup.progress.warn(job.warnings[-1])
     tasks, speed = plus.tasks(subject), plus.speed(subject)
+    complete = all(failure["model"] != subject.given for failure in job.failures)
     checked = gates.evaluate(job.request.gates, section, {"output_bytes": size["bytes"]}, tasks, speed)
     return {
         "name": subject.name,
@@ -186,5 +187,5 @@ def _candidate(
         "tasks": tasks,
         "speed": speed,
         "gates": checked,
-        "passed": gates.measurable(section) and all(gate["passed"] for gate in checked),
+        "passed": complete and gates.measurable(section) and all(gate["passed"] for gate in checked),
     }

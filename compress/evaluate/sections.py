@@ -1,7 +1,8 @@
 """What an evaluation knows, and the report it becomes."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,10 +15,16 @@ from llmpare.compress.evaluate.stream import Setup
 from llmpare.compress.evaluate.text import Text
 from llmpare.compress.report import against, build, gates
 
+if TYPE_CHECKING:
+    from lm_eval.tasks.manager import TaskDict
+
 
 @dataclass
 class Job:
-    """What all steps of an evaluation share. warnings and fallbacks grow on the way."""
+    """What all steps of an evaluation share. tasks: by name. previous: an earlier report, to be compared with.
+
+    warnings, fallbacks and failures grow on the way. failures: {model, part, why} of what could not be measured.
+    """
 
     request: EvaluateRequest
     baseline: Subject | None
@@ -27,9 +34,11 @@ class Job:
     tokenizer: Any
     dtype: str
     setup: Setup
-    previous: dict[str, Any] | None  # an earlier report
+    tasks: "Mapping[str, TaskDict]"
+    previous: dict[str, Any] | None
     warnings: list[str]
-    fallbacks: list[dict[str, str]]
+    fallbacks: list[dict[str, str]] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def ids(self) -> torch.Tensor:
@@ -103,13 +112,14 @@ def report(job: Job, candidates: list[dict[str, Any]], reference: dict[str, Any]
     found: dict[str, Any] = {
         "schema_version": build.SCHEMA_VERSION,
         "command": "evaluate",
-        "passed": held and all(candidate["passed"] for candidate in candidates),
+        "passed": held and not job.failures and all(candidate["passed"] for candidate in candidates),
         "request": request.spec(),
         "baseline": _baseline(job, reference),
         "evaluation": {**job.text.source, "scored_bytes": job.text.scored_bytes},
         "candidates": candidates,
         "fallbacks": job.fallbacks,
         "warnings": job.warnings,
+        "failures": job.failures,
         "gates": checked,
         "cost": cost(setup.clock, setup.device),
         "environment": environment(setup.device),

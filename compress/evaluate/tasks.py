@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from numbers import Real
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.evaluate import harness
+from llmpare.compress.evaluate.request import TasksRequest
 from llmpare.compress.evaluate.significance import flips
 from llmpare.compress.formats.decoded import DenseSource
 from llmpare.compress.progress import Progress, Silent
@@ -23,6 +23,7 @@ from llmpare.compress.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     import torch
     from lm_eval.api.task import Task
+    from lm_eval.tasks.manager import TaskDict
 
 
 @dataclass(frozen=True)
@@ -45,85 +46,85 @@ class Score:
 class TaskScores:
     """What one model scored. prompts: for each task a hash per document of what was asked and what is right.
 
-    warnings: of what makes the scores less than they seem.
+    warnings: of what makes the scores less than they seem. failures: why tasks that were asked for are not among them.
     """
 
     scores: tuple[Score, ...]
     prompts: Mapping[str, tuple[str, ...]]
     warnings: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()
 
 
-def check(names: Sequence[str], *, limit: int | None, num_fewshot: int | None, include: Path | None) -> None:
-    """Raises UsageError for what can be known to be wrong before a model is loaded: see `run`."""
+def prepare(asked: TasksRequest) -> "dict[str, TaskDict]":
+    """What is asked for with its documents: tasks, groups or tags of lm-eval or of `include`, by name.
+
+    Raises UsageError when lm-eval is missing, for unknown tasks and for a limit that leaves nothing; InputError for a
+    task that cannot be built.
+    """
     harness.require()
-    if not names:
+    if not asked.names:
         raise UsageError("--tasks names no task", "for example --tasks arc_easy,hellaswag")
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit}: at least one document is needed")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise UsageError(f"--num-fewshot {num_fewshot}: it is a number of examples, from 0")
-    harness.find(names, include)
+    if asked.limit is not None and asked.limit < 1:
+        raise UsageError(f"--limit {asked.limit}: at least one document is needed")
+    if asked.num_fewshot is not None and asked.num_fewshot < 0:
+        raise UsageError(f"--num-fewshot {asked.num_fewshot}: it is a number of examples, from 0")
+    found = harness.find(asked.names, asked.include)
+    return {name: harness.build(name, entry) for name, entry in found.items()}
 
 
 def run(
     source: DenseSource,
-    names: Sequence[str],
+    tasks: "Mapping[str, TaskDict]",
+    asked: TasksRequest,
     *,
-    limit: int | None,
-    num_fewshot: int | None,
-    include: Path | None,
     dtype: "torch.dtype",
     device: "torch.device",
-    batch_size: int,
     trust: bool,
     progress: Progress | None = None,
 ) -> TaskScores:
     """Puts tasks to a model, which is wholly in memory for it.
 
-    names: tasks, groups or tags of lm-eval or of `include`, a folder with tasks as YAML or one such file, whose paths
-    are relative to it. limit: the first documents of each task only. num_fewshot: examples in front of a question,
-    None as each task has it. batch_size: sequences at a time. trust: run code that comes with the model. Raises
-    UsageError when lm-eval is missing, for unknown tasks and for a limit that leaves nothing; InputError for a task or
-    a model that cannot be used.
+    tasks: as prepared; one that does not fit the model is left out, and in `failures`. trust: run code that comes with
+    the model. Raises InputError for a model that cannot be used.
     """
-    check(names, limit=limit, num_fewshot=num_fewshot, include=include)
     from llmpare.compress.model import whole
 
     watching = progress or Silent()
-    tasks = {name: harness.build(name, entry) for name, entry in harness.find(names, include).items()}
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trust)
     model = whole.load(source, dtype, device, trust=trust)
-    found = []
+    found, failures = [], []
     for name, built in tasks.items():
         watching.phase(f"task {name}")
-        options: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
-        found.append(harness.answer(name, built, model, tokenizer, **options))
+        try:
+            found.append(harness.answer(name, built, model, tokenizer, asked))
+        except InputError as error:
+            failures.append(error.message)
     scores = {(score.task, score.metric): score for answers in found for score in _scores(answers)}
     prompts = {task: _prompts(rows) for answers in found for task, rows in answers.results["samples"].items()}
-    return TaskScores(tuple(scores.values()), prompts, tuple(note for answers in found for note in answers.warnings))
+    warnings = tuple(note for answers in found for note in answers.warnings)
+    return TaskScores(tuple(scores.values()), prompts, warnings, tuple(failures))
 
 
 def compare(candidate: TaskScores, baseline: TaskScores | None) -> dict[str, Any]:
     """The report's `tasks` section: a row per task and metric.
 
-    recovery: value / baseline, or the inverse where less is better; None if there is no baseline or it is 0. flips:
-    {lost, gained, p_value}, see significance; None for a metric without a value per document. Raises InputError when
-    the two were not asked the same.
+    recovery: value / baseline, or the inverse where less is better; None if the baseline has no score or it is 0.
+    flips: {lost, gained, p_value}, see significance; None for a metric without a value per document. Raises InputError
+    when the two were not asked the same.
     """
     if baseline is None:
         return {"rows": [_row(score, None) for score in candidate.scores]}
     asked = {(score.task, score.metric): score for score in baseline.scores}
-    if asked.keys() != {(score.task, score.metric) for score in candidate.scores}:
-        raise InputError("candidate and baseline were scored on different tasks", "evaluate both with the same --tasks")
     for task, prompts in candidate.prompts.items():
-        differing = [i for i, (a, b) in enumerate(zip(prompts, baseline.prompts[task], strict=False)) if a != b]
-        if differing or len(prompts) != len(baseline.prompts[task]):
-            where = f"document {differing[0]}" if differing else f"{len(prompts)} and {len(baseline.prompts[task])}"
+        before = baseline.prompts.get(task, prompts)
+        differing = [i for i, (a, b) in enumerate(zip(prompts, before, strict=False)) if a != b]
+        if differing or len(prompts) != len(before):
+            where = f"document {differing[0]}" if differing else f"{len(prompts)} and {len(before)}"
             raise InputError(
                 f"task {task!r}: candidate and baseline were asked different documents ({where})",
                 "evaluate both with the same data, --limit and --num-fewshot",
             )
-    return {"rows": [_row(score, asked[score.task, score.metric]) for score in candidate.scores]}
+    return {"rows": [_row(score, asked.get((score.task, score.metric))) for score in candidate.scores]}
 
 
 def _row(score: Score, baseline: Score | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmpare.compress import memory
 from llmpare.compress.checkpoint.files import clipped
 from llmpare.compress.errors import InputError
 from llmpare.compress.formats.decoded import DenseSource
@@ -54,7 +55,7 @@ def load(source: DenseSource, dtype: torch.dtype, device: torch.device, *, trust
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        if memory.exhausted(error):
             raise
         raise InputError(f"transformers cannot load {source.folder}: {clipped(error)}") from error
     for name, stored, expected in sorted(found["mismatched_keys"]):

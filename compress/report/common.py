@@ -19,9 +19,13 @@ def gates(entries: Sequence[Section]) -> list[str]:
 
 
 def concerns(report: Section) -> list[str]:
-    """Fallbacks and warnings."""
+    """Failures, fallbacks and warnings."""
     lines: list[str] = []
+    if report.get("failures"):
+        rows = [(code(f["model"]), f["part"], plain(f["why"])) for f in report["failures"]]
+        lines += ["## Not measured", "", *table(("model", "what", "why"), rows)]
     if report["fallbacks"]:
+        lines += [""] * bool(lines)
         rows = [(code(f["name"]), plain(f["cause"]), plain(f["action"])) for f in report["fallbacks"]]
         lines += ["## Fallbacks", "", *table(("where", "why", "what was done"), rows)]
     if report["warnings"]:

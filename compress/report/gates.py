@@ -68,8 +68,11 @@ def verdict(gates: Sequence[Section], *, strict: bool, fallbacks: Sequence[objec
 
 
 def reasons(report: Section) -> list[str]:
-    """Why a report that did not pass did not: each failed gate with limit and value, or what else there is."""
+    """Why a report that did not pass did not: each failed gate with limit and value, each part of the measurement that
+    failed, or what else there is.
+    """
     failed = [describe(gate) for gate in report["gates"] if not gate["passed"]]
+    failed += [f"{each['model']}: {each['part']}: {each['why']}" for each in report.get("failures", [])]
     if failed:
         return failed
     models = report.get("candidates", [{"fidelity": report.get("fidelity")}])

@@ -14,20 +14,27 @@ Report = Mapping[str, Any]
 def render(report: Report) -> str:
     """The document, ending with a newline. report: as schema.json says, of any command, fresh or read back.
 
-    Every model has a case 'measured', which fails when its figures are not finite; then comes a case per gate. What
-    concerns no single model, such as --strict, stands in a suite of its own. Seconds are those of the whole run.
+    Every model has a case 'measured', which fails when its figures are not finite; then comes one for each part that
+    could not be measured, and one per gate. What concerns no single model, such as --strict, stands in a suite of its
+    own. Seconds are those of the whole run.
     """
     root = Element("testsuites", name=f"llmpare {report['command']}")
-    own = gates_of(report)
+    own, failed = gates_of(report), report.get("failures", [])
+    elsewhere = [each for each in failed if report["baseline"] and each["model"] == report["baseline"]["model"]]
     for subject in subjects(report):
         suite = SubElement(root, "testsuite", name=_clean(subject["name"]))
         _properties(suite, report, subject)
         failure = None if gates.measurable(subject["fidelity"]) else "the perplexity is not finite"
         _case(suite, subject["name"], "measured", failure)
+        for each in failed:
+            if each["model"] == subject["source"]["model"]:
+                _case(suite, subject["name"], each["part"], each["why"])
         for name, gate in own[subject["name"]]:
             _case(suite, subject["name"], name, None if gate["passed"] else gates.describe(gate))
-    if own[""] or _strict(root, report):
+    if own[""] or elsewhere or _strict(root, report):
         suite = SubElement(root, "testsuite", name="run")
+        for each in elsewhere:
+            _case(suite, "run", f"{each['part']} of the baseline", each["why"])
         for name, gate in own[""]:
             _case(suite, "run", name, None if gate["passed"] else gates.describe(gate))
         if _strict(root, report):

@@ -73,12 +73,9 @@ def measure(
                 what = event["case"].label if event["case"] else "loading"
                 skipped.append({"engine": name, "what": what, "why": event["why"]})
     if not found:
-        raise InputError(f"no speed could be measured: {_first(skipped)}", "leave out --speed, or choose --engines")
+        reasons = "; ".join(f"{each['engine']}, {each['what']}: {each['why']}" for each in skipped)
+        raise InputError(f"no speed could be measured: {reasons}", "leave out --speed, or choose --engines")
     return {"rows": found, "machine": roof, "skipped": skipped}
-
-
-def _first(skipped: Sequence[dict[str, str]]) -> str:
-    return next((f"{each['engine']}, {each['what']}: {each['why']}" for each in skipped), "there was nothing to do")
 
 
 def _name(dtype: torch.dtype) -> str:

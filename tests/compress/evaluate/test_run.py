@@ -344,6 +344,30 @@ def test_too_little_memory_says_what_fits(place: Path, text: TextRequest) -> Non
     assert error.value.hint == "--nsamples 5 fits"
 
 
+def test_a_part_that_fails_loses_nothing_that_was_measured(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts that are longer than the model allows: no case can be timed, of the baseline or of the candidate."""
+    out = tmp_path / "report"
+    command = ["evaluate", str(place / "shaken-0"), "--baseline", str(place / "dense"), "--seqlen", "32",
+               "--text", str(place / "evaluation.txt"), "--nsamples", "3", "--device", "cpu", "-o", str(out), "--speed",
+               "--prompt-lengths", "4000", "--junit", str(out / "junit.xml")]  # fmt: skip
+    assert main(command) == 4
+    report = json.loads((out / "report.json").read_bytes())
+    assert schema.validate(report) == []
+    assert report["passed"] is report["candidates"][0]["passed"] is False
+    assert report["candidates"][0]["fidelity"]["kl"]["mean"] > 0
+    assert [(each["model"], each["part"]) for each in report["failures"]] == [
+        (str(place / "dense"), "speed"),
+        (str(place / "shaken-0"), "speed"),
+    ]
+    said = "4000 + 32 tokens are more than the 128 the model allows"
+    assert all(said in each["why"] for each in report["failures"])
+    assert said in capsys.readouterr().err.splitlines()[-2]
+    assert all(said in (out / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
+    assert (out / "junit.xml").read_text(encoding="utf-8").count("<failure") == 2
+
+
 def test_through_the_command_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The request, the report and the exit code, once without a stand-in anywhere."""
     command = ["evaluate", str(place / "shaken-0"), "--baseline", str(place / "dense"), "--seqlen", "32",

@@ -90,11 +90,14 @@ def test_what_cannot_be_compared_is_none() -> None:
     [
         (replace(RIGHT_3_OF_4, prompts={"t": ("a", "b", "x", "d")}), "asked different documents .document 2."),
         (replace(RIGHT_3_OF_4, prompts={"t": ("a", "b", "c")}), "asked different documents .4 and 3."),
-        (with_score(metric="f1"), "different tasks"),
-        (with_score(task="u"), "different tasks"),
     ],
 )
 def test_scores_on_different_documents_are_not_compared(other: TaskScores, said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
         tasks.compare(RIGHT_3_OF_4, other)
-    assert "--tasks" in caught.value.hint or "--limit" in caught.value.hint
+    assert "--limit" in caught.value.hint
+
+
+def test_a_task_that_the_baseline_failed_has_no_recovery() -> None:
+    (row,) = tasks.compare(RIGHT_3_OF_4, TaskScores((), {}, failures=("task 't' cannot be put to the model",)))["rows"]
+    assert (row["value"], row["baseline"], row["recovery"], row["flips"]) == (0.75, None, None, None)

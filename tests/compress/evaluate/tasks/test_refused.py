@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from questions import CHOICE, QUESTIONS, score, write_rows
 
 from llmpare.calibration_data import presets
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.evaluate import harness
+from llmpare.compress.evaluate.request import EvaluateRequest, TasksRequest, TextRequest
+from llmpare.compress.evaluate.run import run_evaluate
+from llmpare.compress.progress import Silent
 
 
 def test_without_lm_eval(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,17 +96,25 @@ def test_data_that_cannot_be_used(folder: Path, tmp_path: Path, damage: Callable
 
 
 def test_a_document_that_does_not_fit_its_task(folder: Path, tmp_path: Path) -> None:
-    """Only the first one is looked at when a task is built."""
+    """Only the first one is looked at when a task is built. All else is measured and reported."""
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     write_rows(tmp_path / "documents.jsonl", [*QUESTIONS, {**QUESTIONS[0], "choices": []}])
-    with pytest.raises(InputError, match="task 'choice' cannot be put to the model"):
-        score("choice", tmp_path)
+    model = str(tiny.llama(tmp_path / "model"))
+    asked = TasksRequest(("choice", "reading"), include=tmp_path)
+    text = TextRequest((str(tiny.texts(tmp_path)[1]),), 2, tiny.WINDOW)
+    report = run_evaluate(EvaluateRequest((model,), model, text=text, tasks=asked, device="cpu"), Silent())
+    assert report["passed"] is False
+    assert [(each["model"], each["part"]) for each in report["failures"]] == [(model, "tasks")] * 2
+    assert report["failures"][0]["why"].startswith("task 'choice' cannot be put to the model")
+    (candidate,) = report["candidates"]
+    assert candidate["fidelity"]["tokens"] == 2 * (tiny.WINDOW - 1)
+    assert {row["task"] for row in candidate["tasks"]["rows"]} == {"reading"}
 
 
 def test_more_examples_than_there_are(folder: Path) -> None:
-    with pytest.raises(InputError, match="task 'choice' cannot be put to the model: .*larger than population"):
-        score("choice", folder, num_fewshot=99)
+    (why,) = score("choice", folder, num_fewshot=99).failures
+    assert "larger than population" in why
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,13 @@ def limit(device: torch.device, most: int | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
 
 
+def release() -> None:
+    """Gives back what nothing holds any more, here and on CUDA devices, which other processes share."""
+    gc.collect()
+    memory.trim()
+    torch.cuda.empty_cache()
+
+
 def peak(device: torch.device) -> int | None:
     """The most device memory that was allocated, in bytes; None on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -69,8 +76,7 @@ def fitting(
         return work(batch)
     except torch.OutOfMemoryError:
         pass  # as long as the error is handled, its traceback holds on to the tensors of that attempt
-    gc.collect()
-    torch.cuda.empty_cache()
+    release()
     half = max(1, batch // 2)
     progress.warn(f"the device ran out of memory with {batch} windows at a time, trying {half}")
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llmpare.compress import devices
 from llmpare.compress.errors import InputError
 from llmpare.compress.evaluate.speed import cases, machine
 from llmpare.compress.evaluate.speed import engines as registry
@@ -51,6 +52,7 @@ def measure(
     )
     progress.phase("timing the machine")
     roof = machine.measure(device, dtype)
+    devices.release()  # engines run in processes of their own
     found: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     for name in engines:

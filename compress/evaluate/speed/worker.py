@@ -5,7 +5,6 @@ object per line to the pipe FD: {"loaded"}, then {"begin"} and {"done"} or {"ski
 the end. An engine's own output goes to standard output and error, which the parent keeps for the case of a crash.
 """
 
-import gc
 import importlib
 import json
 import os
@@ -134,10 +133,7 @@ class Worker:
 
     def _forget(self) -> None:
         self.engine.release()
-        gc.collect()
-        memory.trim()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        devices.release()
 
 
 @dataclass(frozen=True)

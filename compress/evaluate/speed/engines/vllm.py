@@ -20,6 +20,7 @@ from llmpare.compress.evaluate.speed.engine import Case, Job, Memory, Run, Work
 from llmpare.compress.formats import decoded
 
 _SHARE = 0.9  # of the device's memory, which vLLM takes in advance: its own default
+_OF_FREE = 0.95  # it refuses to start with less free than its share, and its processes hold some besides
 
 
 def load(job: Job) -> "VllmEngine":
@@ -42,7 +43,8 @@ class VllmEngine:
         self.longest = text.get("max_position_embeddings") or 2**31
         self.work = _work(job, text)
         fitting = [case for case in job.cases if case.prompt + case.new_tokens <= self.longest]
-        total = torch.cuda.get_device_properties(job.device).total_memory
+        free, total = torch.cuda.mem_get_info(job.device)
+        room = _OF_FREE * free if job.max_memory is None else min(_OF_FREE * free, job.max_memory)
         self._llm = LLM(
             model=str(job.model),
             skip_tokenizer_init=True,
@@ -51,7 +53,7 @@ class VllmEngine:
             seed=prompting.SEED,
             max_model_len=max((case.prompt + case.new_tokens for case in fitting), default=self.longest),
             enable_prefix_caching=False,
-            gpu_memory_utilization=_SHARE if job.max_memory is None else min(_SHARE, job.max_memory / total),
+            gpu_memory_utilization=min(_SHARE, room / total),
         )
 
     def refuses(self, case: Case) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from llmpare.compress.errors import InputError
 from llmpare.compress.evaluate.speed import machine, supervise
+from llmpare.compress.evaluate.speed import measure as measuring
 from llmpare.compress.evaluate.speed.measure import measure
 from llmpare.compress.progress import Silent
 
@@ -104,6 +105,19 @@ def test_an_engine_that_cannot_load_is_an_error_that_names_it(tmp_path: Path, mo
 def test_a_model_that_is_more_than_memory_allows_is_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="transformers, loading: MemoryLimitError: its weights take .* of the 1 MiB"):
         timed(tiny.llama(tmp_path / "model"), prompts=[8], max_memory=2**20)
+
+
+def test_the_devices_memory_is_given_back_before_an_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this process keeps for later, an engine in another process could not have."""
+    order: list[str] = []
+    monkeypatch.setattr(machine, "measure", lambda device, dtype: order.append("machine"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("given back"))
+    monkeypatch.setattr(measuring, "supervise", lambda job: order.append("engine") or [])
+    with pytest.raises(InputError, match="no speed could be measured"):
+        timed(tiny.llama(tmp_path / "model"), device=torch.device("cuda"))
+    assert order == ["machine", "given back", "engine"]
 
 
 def test_an_engine_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

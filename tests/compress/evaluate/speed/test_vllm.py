@@ -26,7 +26,7 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     found = import_module(ADAPTER)
     fake = sys.modules["vllm"]
     monkeypatch.setattr(found, "time", SimpleNamespace(perf_counter=lambda: fake.seconds))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
     return found
 
 
@@ -58,6 +58,18 @@ def test_it_asks_for_what_is_timed_and_caches_no_prompts(adapter: ModuleType) ->
     assert settings["max_model_len"] == 13
     assert settings["gpu_memory_utilization"] == 0.5
     assert settings["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("free", "max_memory", "share"), [(1000, None, 0.9), (600, None, 0.57), (600, 500, 0.5), (600, 800, 0.57)]
+)
+def test_it_takes_what_is_free_and_allowed(
+    adapter: ModuleType, monkeypatch: pytest.MonkeyPatch, free: int, max_memory: int | None, share: float
+) -> None:
+    """Whoever measures still holds what the baseline predicts, and others may be on the device as well."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
+    adapter.load(job(max_memory=max_memory))
+    assert sys.modules["vllm"].made[0]["gpu_memory_utilization"] == pytest.approx(share)
 
 
 def test_what_it_moves_is_what_is_stored(adapter: ModuleType) -> None:

@@ -75,9 +75,7 @@ def _prepare(request: EvaluateRequest, device: torch.device, clock: Clock, progr
                 "give the original model as --baseline: vocabularies can then be cut to what they share",
             )
     windows, seqlen = watched.ids.shape
-    dtype = hardware.forward_dtype(request.dtype, (baseline or candidates[0]).dtype, device.type)
-    if request.dtype == "auto" and saved is not None:
-        dtype = saved.identity.dtype
+    dtype = _precision(request, saved, previous, (baseline or candidates[0]).dtype, device)
     needs = estimate.needs(subjects, dtype=dtype, device=device.type, seqlen=seqlen, paired=baseline is not None)
     needs.check(windows * seqlen, seqlen, devices.room(device), request.max_memory)
     batch = min(windows_at_once(subject.source, seqlen, device.type) for subject in subjects)
@@ -89,6 +87,20 @@ def _prepare(request: EvaluateRequest, device: torch.device, clock: Clock, progr
         with clock.phase("read"):
             against.require_comparable(sections.outline(job), previous)
     return job
+
+
+def _precision(
+    request: EvaluateRequest, saved: Saved | None, previous: dict[str, Any] | None, stored: str, device: torch.device
+) -> str:
+    """What all models run in, as safetensors spells it: by default that of what they are compared with, which may have
+    been measured on another processor. stored: of most weights.
+    """
+    if request.dtype == "auto" and saved is not None:
+        return saved.identity.dtype
+    asked = request.dtype
+    if asked == "auto" and previous is not None and previous["command"] == "evaluate":
+        asked = against.precision(previous)
+    return hardware.forward_dtype(asked, stored, device.type)
 
 
 def _same_tokens(first: Subject, subjects: list[Subject]) -> list[str]:

@@ -40,6 +40,12 @@ def load(path: Path) -> dict[str, Any]:
     return report
 
 
+def precision(report: Report) -> str:
+    """What its models ran in, by torch's name."""
+    dtype: str = subjects(report)[0]["fidelity"]["dtype"]
+    return dtype.removeprefix("torch.")
+
+
 def require_comparable(report: Report, previous: Report) -> None:
     """Raises InputError if the figures of one report would say nothing about those of the other.
 
@@ -52,13 +58,17 @@ def require_comparable(report: Report, previous: Report) -> None:
         ("evaluation text", lambda each: each["evaluation"]["sha256"]),
         ("windows of text", lambda each: (each["evaluation"]["windows"], each["evaluation"]["seqlen"])),
         ("original", lambda each: (baseline(each) or {}).get("weights_sha256")),
-        ("precision", lambda each: subjects(each)[0]["fidelity"]["dtype"].removeprefix("torch.")),
     )
     for name, fact in facts:
         now, before = fact(report), fact(previous)
         if now != before:
             was, has = _short(before), _short(now)
             raise InputError(f"--against: another {name}: {was} in the earlier report, {has} in this one", AGAIN)
+    now, before = precision(report), precision(previous)
+    if now != before:
+        raise InputError(
+            f"--against: another precision: {before} in the earlier report, {now} in this one", f"give --dtype {before}"
+        )
     if report["evaluation"]["windows"] < 2:
         raise InputError("--against: a single window of text tells nothing about noise", "evaluate on a longer text")
     for new, old in _pairs(report, previous):

@@ -201,6 +201,21 @@ def test_what_cannot_be_compared_is_refused_before_a_model_runs(
         evaluate(replace(request, against=tmp_path / "report" / "report.json", out=None, **change))
 
 
+def test_by_default_models_run_in_the_precision_of_the_earlier_report(
+    place: Path, text: TextRequest, tmp_path: Path
+) -> None:
+    """A report of a machine that multiplies in bfloat16 can be compared with on one that does not."""
+    request = EvaluateRequest((str(place / "shaken-0"),), out=tmp_path / "report", text=text, dtype="bfloat16")
+    evaluate(request)
+    later = replace(request, out=None, dtype="auto", against=tmp_path / "report" / "report.json")
+    report = evaluate(later)
+    assert report["candidates"][0]["fidelity"]["dtype"] == "bfloat16"
+    assert report["passed"] is True
+    with pytest.raises(InputError, match="another precision: bfloat16 in the earlier report, float32") as caught:
+        evaluate(replace(later, dtype="float32"))
+    assert caught.value.hint == "give --dtype bfloat16"
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(place: Path, text: TextRequest, tmp_path: Path) -> None:
     request = EvaluateRequest((str(place / "dense"),), text=text)
     with pytest.raises(OutputError, match="holds 'config.json'"):

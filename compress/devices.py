@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from llmpare.compress import memory
+from llmpare.compress import hardware, memory
 from llmpare.compress.clock import Clock
 from llmpare.compress.errors import LlmpareError, UsageError
 from llmpare.compress.estimate import process
@@ -61,8 +61,10 @@ def clock(device: torch.device) -> Clock:
 
 
 def name(device: torch.device) -> str:
-    """What the report calls the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """What the report calls the device; of a CPU with the number of threads, which its speed depends on as much."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{hardware.processor()}, {torch.get_num_threads()} threads"
 
 
 def fitting(

@@ -46,12 +46,23 @@ def multiplies(dtype: str) -> bool:
     return dtype not in _HALVES or bool(_HALVES[dtype] & _features())
 
 
+def processor() -> str:
+    """What the system calls it; its architecture where the system has no name."""
+    return _facts().get("model name") or platform.machine()
+
+
 @cache
 def _features() -> frozenset[str]:
     """The processor's instruction sets; none where the system does not list them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
     name = "flags" if platform.machine() in ("x86_64", "AMD64", "i686") else "Features"
-    return frozenset(next((line for line in lines if line.startswith(name)), "").partition(":")[2].split())
+    return frozenset(_facts().get(name, "").split())
+
+
+def _facts() -> dict[str, str]:
+    """What the system lists of the first processor; nothing where it keeps no such list."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}

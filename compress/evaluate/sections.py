@@ -93,6 +93,7 @@ def outline(job: Job) -> dict[str, Any]:
     return {
         "schema_version": build.SCHEMA_VERSION,
         "command": "evaluate",
+        "request": job.request.spec(),
         "baseline": _baseline(job, {}),
         "evaluation": job.text.source,
         "candidates": [{"name": subject.name, **known} for subject in job.candidates],

@@ -1,8 +1,8 @@
 """Whether a model got worse than it was in an earlier report, beyond what noise explains.
 
-Both reports must have measured on the same text, against the same original, in the same precision: then a model that
-did not change gives the same figures, and noise is what a change too small to matter could look like on other text.
-A figure has got worse when it moved by more than
+Both reports must have measured on the same text and tasks, against the same original and as much of what it predicts,
+in the same precision, and speed on the same machine: then a model that did not change gives the same figures, and noise
+is what a change too small to matter could look like on other text. A figure has got worse when it moved by more than
 
 - perplexity, KL, agreement, scores on tasks: 2 combined standard errors, sqrt(s² + s'²) each. Where there is an
   original, perplexity is compared as its increase over it, whose error is by pairs and therefore small;
@@ -50,7 +50,7 @@ def require_comparable(report: Report, previous: Report) -> None:
     """Raises InputError if the figures of one report would say nothing about those of the other.
 
     report: the new one, which needs no figures yet: its schema, command, text and original, and of each model the name,
-    the precision and the machine that its speed is measured on.
+    the precision and the machine that its speed is measured on; and the request.
     """
     facts = (
         ("schema", lambda each: each["schema_version"]),
@@ -58,6 +58,7 @@ def require_comparable(report: Report, previous: Report) -> None:
         ("evaluation text", lambda each: each["evaluation"]["sha256"]),
         ("windows of text", lambda each: (each["evaluation"]["windows"], each["evaluation"]["seqlen"])),
         ("original", lambda each: (baseline(each) or {}).get("weights_sha256")),
+        ("part of its predictions", lambda each: _kept((baseline(each) or {}).get("saved"))),
     )
     for name, fact in facts:
         now, before = fact(report), fact(previous)
@@ -71,6 +72,7 @@ def require_comparable(report: Report, previous: Report) -> None:
         )
     if report["evaluation"]["windows"] < 2:
         raise InputError("--against: a single window of text tells nothing about noise", "evaluate on a longer text")
+    _require_same_tasks(report, previous)
     for new, old in _pairs(report, previous):
         if new["speed"] and old["speed"]:
             now, before = new["speed"]["machine"]["device"], old["speed"]["machine"]["device"]
@@ -79,6 +81,22 @@ def require_comparable(report: Report, previous: Report) -> None:
                     f"--against: speed was measured on {shown(before)}, now on {shown(now)}",
                     "compare on one kind of machine, or leave out --speed",
                 )
+
+
+def _kept(saved: Report | None) -> str:
+    """How much of what the original predicts the divergence is over."""
+    return "all tokens" if saved is None else f"top {saved['top_k']} tokens"
+
+
+def _require_same_tasks(report: Report, previous: Report) -> None:
+    """Scores on other documents, or with other examples before them, differ by more than noise."""
+    now, before = report["request"].get("tasks"), previous["request"].get("tasks")
+    if now is None or before is None:
+        return
+    for name in ("limit", "num_fewshot"):
+        if now[name] != before[name]:
+            what = f"another --{name.replace('_', '-')} of tasks"
+            raise InputError(f"--against: {what}: {before[name]} in the earlier report, {now[name]} in this one", AGAIN)
 
 
 def regressions(report: Report, previous: Report) -> list[dict[str, Any]]:

@@ -46,6 +46,14 @@ def test_arm_names_its_features_otherwise(monkeypatch: pytest.MonkeyPatch) -> No
     assert [hardware.multiplies(dtype) for dtype in ("BF16", "F16", "F32")] == [True, False, True]
 
 
+def test_a_processor_is_called_what_the_system_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, "avx2")
+    assert hardware.processor() == "any"
+    monkeypatch.setattr(Path, "read_text", lambda path: "processor\t: 0\nFeatures\t: asimd\n")
+    monkeypatch.setattr(hardware.platform, "machine", lambda: "aarch64")
+    assert hardware.processor() == "aarch64"
+
+
 def test_a_system_that_lists_nothing_runs_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(path: Path) -> str:
         raise FileNotFoundError(path)

@@ -181,9 +181,10 @@ def test_a_report_folder(place: Path, text: TextRequest, tmp_path: Path) -> None
         ({"dtype": "bfloat16"}, "another precision"),
         ({"text": TextRequest(("calibration.txt",), WINDOWS, tiny.WINDOW)}, "another evaluation text"),
         ({"baseline": None}, "another original"),
+        ({"baseline": "compared"}, "another part of its predictions: 'all tokens' in the earlier report"),
         ({"models": ("dense", "shaken-0")}, "no model 'dense'"),
     ],
-    ids=["dtype", "text", "baseline", "models"],
+    ids=["dtype", "text", "baseline", "kept", "models"],
 )
 def test_what_cannot_be_compared_is_refused_before_a_model_runs(
     place: Path,
@@ -195,7 +196,7 @@ def test_what_cannot_be_compared_is_refused_before_a_model_runs(
 ) -> None:
     monkeypatch.chdir(place)
     request = EvaluateRequest(("shaken-0",), "dense", tmp_path / "report", text=text, dtype="float32")
-    evaluate(request)
+    evaluate(replace(request, save_baseline=Path("compared")))
     monkeypatch.setattr(run, "_measure", None)
     with pytest.raises(InputError, match=said):
         evaluate(replace(request, against=tmp_path / "report" / "report.json", out=None, **change))

@@ -142,21 +142,26 @@ def test_reports_of_quantize_are_compared_as_well() -> None:
         (("evaluation", "windows"), 9, "another windows of text"),
         (("baseline", "weights_sha256"), "d" * 64, "another original"),
         (("baseline",), None, "another original"),
+        (("baseline", "saved"), {"folder": "kept", "top_k": 64}, "'top 64 tokens' in the earlier report"),
+        (("request", "tasks"), {"limit": 9, "num_fewshot": None}, "another --limit of tasks: 9 in the earlier report"),
+        (("request", "tasks"), {"limit": 5, "num_fewshot": 2}, "another --num-fewshot of tasks: 2 in the earlier"),
         (("candidates", 0, "fidelity", "dtype"), "float32", "another precision"),
         (("candidates", 0, "speed", "machine", "device"), "another CPU", "speed was measured on 'another CPU'"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(place: tuple[Any, ...], value: object, said: str) -> None:
-    previous = evaluation()
+    report, previous = evaluation(), evaluation()
+    for each in (report, previous):
+        each["request"]["tasks"] = {"limit": 5, "num_fewshot": None}
     inner: Any = previous
     for key in place[:-1]:
         inner = inner[key]
     inner[place[-1]] = value
     if place == ("command",):
         previous = samples.report() | {"evaluation": previous["evaluation"]}
-    against.require_comparable(evaluation(), evaluation())
+    against.require_comparable(report, report)
     with pytest.raises(InputError, match=said) as caught:
-        against.require_comparable(evaluation(), previous)
+        against.require_comparable(report, previous)
     assert caught.value.hint
 
 

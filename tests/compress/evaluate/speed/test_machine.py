@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from llmpare.compress import devices
 from llmpare.compress.evaluate.speed import machine
 
 
@@ -12,7 +13,7 @@ def test_it_counts_the_bytes_and_operations_of_its_programs(monkeypatch: pytest.
     found = machine.measure(torch.device("cpu"), torch.bfloat16)
     assert found["bandwidth_gb_s"] == pytest.approx(3 * 4000 / 2 / 1e9)  # the triad, which has three streams
     assert found["gflops"] == pytest.approx(2 * 10**3 / 2 / 1e9)
-    assert (found["device"], found["dtype"]) == ("cpu", "bfloat16")
+    assert (found["device"], found["dtype"]) == (devices.name(torch.device("cpu")), "bfloat16")
 
 
 def test_the_best_of_several_repetitions_counts_after_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 Memory = Literal["device", "resident"]
+OWN = "its own"  # attention: whatever the engine or the model's code runs with by itself
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Case:
     new_tokens: int
     cache: str = "dynamic"
     compiled: bool = False
-    attention: str = "sdpa"
+    attention: str = OWN
     continuous: bool = False
     growing: bool = False
 
@@ -91,13 +92,14 @@ class Run:
 class Engine(Protocol):
     """An engine that holds a model.
 
-    weights: 'as stored', or what was done to them before they were timed. vocabulary: ids that prompts may hold.
-    longest: tokens of context that the model allows. memory: which memory `peak_bytes` is of; None where the engine
-    takes all there is in advance, so that a peak says nothing.
+    weights: 'as stored', or what was done to them before they were timed. attention: what a case with attention OWN
+    runs with. vocabulary: ids that prompts may hold. longest: tokens of context that the model allows. memory: which
+    memory `peak_bytes` is of; None where the engine takes all there is in advance, so that a peak says nothing.
     """
 
     work: Work
     weights: str
+    attention: str
     vocabulary: Sequence[int]
     longest: int
     memory: Memory | None

@@ -12,7 +12,7 @@ from llmpare.compress.errors import InputError
 from llmpare.compress.evaluate.speed import cases, machine
 from llmpare.compress.evaluate.speed import engines as registry
 from llmpare.compress.evaluate.speed.check import check
-from llmpare.compress.evaluate.speed.engine import Job, Work
+from llmpare.compress.evaluate.speed.engine import OWN, Job, Work
 from llmpare.compress.evaluate.speed.rows import rows
 from llmpare.compress.evaluate.speed.supervise import supervise
 from llmpare.compress.progress import Progress
@@ -65,15 +65,19 @@ def measure(
             skipped.append({"engine": name, "what": "batches", "why": "it runs one sequence at a time here"})
         limit = GROWING_SECONDS if batches is None else float("inf")
         job = Job(name, model, str(device), _name(dtype), trust, tuple(chosen), repeats, max_memory, limit)
-        work, weights = Work(0), ""
+        work, weights, attention = Work(0), "", OWN
         for event in supervise(job):
             if "loaded" in event:
                 work, weights = Work(**event["loaded"]["work"]), event["loaded"]["weights"]
-            elif "sample" in event:
-                found += rows(name, event["case"], event["sample"], work, weights, roof)
+                attention = event["loaded"]["attention"]
+                continue
+            case = event["case"]
+            if case is not None and case.attention == OWN:
+                case = replace(case, attention=attention)
+            if "sample" in event:
+                found += rows(name, case, event["sample"], work, weights, roof)
             else:
-                what = event["case"].label if event["case"] else "loading"
-                skipped.append({"engine": name, "what": what, "why": event["why"]})
+                skipped.append({"engine": name, "what": case.label if case else "loading", "why": event["why"]})
     if not found:
         reasons = "; ".join(f"{each['engine']}, {each['what']}: {each['why']}" for each in skipped)
         raise InputError(f"no speed could be measured: {reasons}", "leave out --speed, or choose --engines")

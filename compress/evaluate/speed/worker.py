@@ -65,7 +65,14 @@ class Worker:
         # CUDA says itself when it is full; on the CPU the kernel would end some process, and perhaps not this one.
         room = (self.job.max_memory or devices.room(self.device)) if self.device.type == "cpu" else None
         self.growth = Growth(memory.resident(), room, self.job.seconds)
-        _tell(self.pipe, loaded={"work": asdict(self.engine.work), "weights": self.engine.weights})
+        _tell(
+            self.pipe,
+            loaded={
+                "work": asdict(self.engine.work),
+                "weights": self.engine.weights,
+                "attention": self.engine.attention,
+            },
+        )
         for index, case in enumerate(self.job.cases):
             if case.growing and self.growth.ended:
                 continue

@@ -58,7 +58,7 @@ ENGINES: dict[str, Entry] = {
         ("vllm",),
         "pip install vllm, in an environment of its own: it pins torch and transformers",
         _folder,
-        Case(1, 1, 2, cache="paged", compiled=True, attention="its own"),
+        Case(1, 1, 2, cache="paged", compiled=True),
         ("continuous",),
     ),
     "onnxruntime": Entry(
@@ -66,14 +66,14 @@ ENGINES: dict[str, Entry] = {
         ("onnxruntime_genai",),
         "pip install onnxruntime-genai (onnxruntime-genai-cuda for CUDA)",
         _exported,
-        Case(1, 1, 2, cache="static", attention="its own"),
+        Case(1, 1, 2, cache="static"),
     ),
     "llama.cpp": Entry(
         f"{_HERE}.llama_cpp",
         ("llama_cpp",),
         "pip install llama-cpp-python",
         _gguf,
-        Case(1, 1, 2, cache="static", attention="its own"),
+        Case(1, 1, 2, cache="static"),
         batched=False,
     ),
 }

@@ -9,7 +9,7 @@ import llama_cpp
 import numpy as np
 
 from llmpare.compress.errors import InputError
-from llmpare.compress.evaluate.speed.engine import Case, Job, Memory, Run, Work
+from llmpare.compress.evaluate.speed.engine import OWN, Case, Job, Memory, Run, Work
 from llmpare.compress.evaluate.speed.timing import HostMarks
 
 _ALL = -1  # layers on the GPU
@@ -23,7 +23,7 @@ def load(job: Job) -> "LlamaCppEngine":
 class LlamaCppEngine:
     """An Engine: see there."""
 
-    weights = "as stored"
+    weights, attention = "as stored", OWN
 
     def __init__(self, job: Job) -> None:
         path = job.model if job.model.suffix == ".gguf" else next(job.model.glob("*.gguf"))

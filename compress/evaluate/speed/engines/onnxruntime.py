@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime_genai as genai
 
 from llmpare.compress.evaluate.speed import prompts as prompting
-from llmpare.compress.evaluate.speed.engine import Case, Job, Memory, Run, Work
+from llmpare.compress.evaluate.speed.engine import OWN, Case, Job, Memory, Run, Work
 from llmpare.compress.evaluate.speed.timing import HostMarks
 
 
@@ -19,7 +19,7 @@ def load(job: Job) -> "OnnxEngine":
 class OnnxEngine:
     """An Engine: see there."""
 
-    weights = "as stored"
+    weights, attention = "as stored", OWN
 
     def __init__(self, job: Job) -> None:
         settings = json.loads((job.model / "genai_config.json").read_bytes())["model"]

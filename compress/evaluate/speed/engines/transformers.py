@@ -21,7 +21,7 @@ from llmpare.compress.checkpoint.read import quantization_of
 from llmpare.compress.errors import InputError, MemoryLimitError
 from llmpare.compress.evaluate.speed import prompts as prompting
 from llmpare.compress.evaluate.speed import roofline
-from llmpare.compress.evaluate.speed.engine import Case, Job, Memory, Run, Work
+from llmpare.compress.evaluate.speed.engine import OWN, Case, Job, Memory, Run, Work
 from llmpare.compress.evaluate.speed.timing import HostMarks, marks
 from llmpare.compress.formats import decoded
 from llmpare.compress.model import whole
@@ -50,7 +50,8 @@ def load(job: Job) -> "TransformersEngine":
         model = family.from_pretrained(
             job.model, dtype=dtype, device_map={"": device}, local_files_only=True, trust_remote_code=job.trust
         )
-        return TransformersEngine(job, model.eval(), STORED)
+        kept = "quantization_config" in model.config.to_dict()  # some it decodes, on devices without kernels for them
+        return TransformersEngine(job, model.eval(), STORED if kept else DENSE)
     with decoded.open_dense(job.model) as source:
         needed = source.parameters * dtype.itemsize
         if job.max_memory is not None and needed > job.max_memory:
@@ -62,7 +63,7 @@ def load(job: Job) -> "TransformersEngine":
 
 
 def _runs(method: str | None) -> bool:
-    """Whether transformers, with what is installed, computes with weights stored that way as they are."""
+    """Whether transformers, with what is installed, may compute with weights stored that way as they are."""
     if method in (None, *_ALWAYS_DENSE):
         return False
     return all(find_spec(package) is not None for package in _KERNELS.get(str(method), ()))
@@ -74,6 +75,7 @@ class TransformersEngine:
     def __init__(self, job: Job, model: PreTrainedModel, weights: str) -> None:
         self.model, self.weights = model, weights
         self.device = torch.device(job.device)
+        self.attention: str = model.config._attn_implementation
         self.memory: Memory = "device" if self.device.type == "cuda" else "resident"
         text = model.config.get_text_config(decoder=True)
         self.work = _work(model)
@@ -85,6 +87,8 @@ class TransformersEngine:
         self._compiled: Any = None
 
     def refuses(self, case: Case) -> str:
+        if case.attention == self.attention:
+            return "all other cases run with it: it is the model's own"
         if case.attention != "flash_attention_2":
             return ""
         if self.device.type != "cuda":
@@ -167,8 +171,11 @@ class TransformersEngine:
         return self._cache
 
     def _attend(self, case: Case) -> None:
-        if self.model.config._attn_implementation != case.attention:
-            self.model.set_attn_implementation(case.attention)
+        wanted = self.attention if case.attention == OWN else case.attention
+        if self.model.config._attn_implementation != wanted:
+            self.model.set_attn_implementation(wanted)
+            if self.model.config._attn_implementation != wanted:
+                raise InputError(f"the model runs with {self.attention} attention only")
 
 
 def _work(model: PreTrainedModel) -> Work:

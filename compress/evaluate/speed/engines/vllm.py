@@ -16,7 +16,7 @@ from vllm import LLM, SamplingParams
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.evaluate.speed import prompts as prompting
 from llmpare.compress.evaluate.speed import roofline
-from llmpare.compress.evaluate.speed.engine import Case, Job, Memory, Run, Work
+from llmpare.compress.evaluate.speed.engine import OWN, Case, Job, Memory, Run, Work
 from llmpare.compress.formats import decoded
 
 _SHARE = 0.9  # of the device's memory, which vLLM takes in advance: its own default
@@ -31,7 +31,7 @@ def load(job: Job) -> "VllmEngine":
 class VllmEngine:
     """An Engine: see there."""
 
-    weights = "as stored"
+    weights, attention = "as stored", OWN
     memory: Memory | None = None  # it fills what it is given with cache blocks
 
     def __init__(self, job: Job) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import fake_engines
+import families
 import pytest
 import tiny
 import torch
@@ -100,6 +101,14 @@ def test_an_engine_that_cannot_load_is_an_error_that_names_it(tmp_path: Path, mo
     (tmp_path / "broken.gguf").touch()
     with pytest.raises(InputError, match="llama.cpp, loading: ValueError: cannot read the file"):
         timed(tmp_path, engines=["llama.cpp"], prompts=[8])
+
+
+def test_a_model_without_scaled_dot_product_attention_runs_with_its_own(tmp_path: Path) -> None:
+    found = timed(families.write(tmp_path, "bloom"), prompts=[8], batches=[1], variations=["off", "eager"])
+    assert {(row["cache"], row["attention"]) for row in found["rows"]} == {("dynamic", "eager"), ("off", "eager")}
+    (skipped,) = found["skipped"]
+    assert skipped["what"] == "batch 1, prompt 8, dynamic cache, eager attention"
+    assert "it is the model's own" in skipped["why"]
 
 
 def test_a_model_that_is_more_than_memory_allows_is_not_loaded(tmp_path: Path) -> None:

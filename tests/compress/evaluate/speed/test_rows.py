@@ -22,7 +22,7 @@ def test_a_case_gives_a_row_for_the_prompt_and_one_for_what_follows() -> None:
     prefill, decode = rows("e", CASE, SAMPLE, WORK, "as stored", MACHINE)
     for row in (prefill, decode):
         assert (row["engine"], row["batch"], row["prompt"], row["new_tokens"]) == ("e", 2, 10, 3)
-        assert (row["cache"], row["compiled"], row["attention"]) == ("dynamic", False, "sdpa")
+        assert (row["cache"], row["compiled"], row["attention"]) == ("dynamic", False, "its own")
         assert (row["weight_bytes"], row["peak_bytes"], row["memory"]) == (1000, 7, "resident")
         assert (row["warmup"], row["repeats"]) == (1, 3)
         assert row["ttft_ms"]["median"] == 2000

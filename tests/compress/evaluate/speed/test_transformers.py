@@ -1,12 +1,16 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import families
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmpare.cli.exits import main
+from llmpare.compress.errors import InputError
 from llmpare.compress.evaluate.speed import prompts, roofline
 from llmpare.compress.evaluate.speed.engine import Case, Job
 from llmpare.compress.evaluate.speed.engines import transformers as adapter
@@ -66,8 +70,16 @@ def test_flash_attention_is_refused_where_it_cannot_run(engine: TransformersEngi
     assert engine.refuses(CASE) == ""
 
 
+@pytest.mark.parametrize("family", ["bloom", "gptj"])
+def test_attention_that_a_model_does_not_know_is_not_claimed(tmp_path: Path, family: str) -> None:
+    engine = load(job(families.write(tmp_path, family)))
+    assert engine.attention == "eager"
+    with pytest.raises((InputError, ValueError), match="attention"):
+        engine.generate(replace(CASE, attention="sdpa"), prompts.equal(engine.vocabulary, 3, 12))
+
+
 def test_what_it_says_of_the_model(engine: TransformersEngine) -> None:
-    assert engine.weights == STORED
+    assert (engine.weights, engine.attention) == (STORED, "sdpa")
     assert engine.longest == 1024
     assert set(engine.vocabulary) == set(range(2, 4096))
     assert engine.work.weight_bytes >= 4 * sum(p.numel() for p in engine.model.parameters())
@@ -106,3 +118,18 @@ def test_codes_that_no_package_runs_are_decoded_and_it_says_so(
     run = after.generate(CASE, texts)
     assert run.tokens == after.generate(replace(CASE, cache="off"), texts).tokens
     assert not torch.equal(before.model.get_parameter(WEIGHT), after.model.get_parameter(WEIGHT))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers then computes with the codes")
+def test_codes_that_transformers_decodes_are_not_called_stored(tmp_path: Path) -> None:
+    """FP8 needs a GPU that multiplies in it; without one transformers loads dense weights."""
+    folder = tiny.llama(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if "_proj" in name]:
+        weights[f"{name}_scale_inv"] = torch.ones(1, 1)
+        weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    stored = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [4096, 4096]}
+    config = json.loads((folder / "config.json").read_bytes()) | {"quantization_config": stored}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load(job(folder)).weights == DENSE

@@ -20,7 +20,7 @@ import typer
 
 from llmpare.cli.app import app
 from llmpare.cli.output import Output, StdoutClosed, of_process
-from llmpare.compress import errors
+from llmpare.compress import errors, memory
 from llmpare.compress.version import VERSION
 
 BUG = 1
@@ -89,8 +89,9 @@ def _explain(error: Exception, output: Output) -> int:
         code = next((number for kind, number in EXIT_CODES if isinstance(error, kind)), BUG)
     elif isinstance(error, typer.TyperException):
         message, hint, code = error.format_message(), "llmpare --help, llmpare COMMAND --help", USAGE
-    elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in message:  # torch has no type for the latter
-        message, hint, code = "out of memory", "see --max-memory, --nsamples and --seqlen", MEMORY
+    elif memory.exhausted(error):
+        hint = "see --max-memory, --nsamples and --seqlen; --device cpu does without the memory of a GPU"
+        message, code = "out of memory", MEMORY
     elif isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         place = "" if error.filename is None else f"{error.filename}: "
         message, code = f"{place}{error.strerror}", OUTPUT

@@ -22,14 +22,26 @@ class Needs:
 
     def check(self, tokens: int, seqlen: int, room: int, limit: int | None) -> None:
         """Raises MemoryLimitError when `room` bytes, or the limit that was set, do not hold that many tokens."""
-        need = self.fixed + self.per_token * tokens
         have = room if limit is None else min(room, limit)
-        if need <= have:
-            return
-        what = f"--max-memory {memory.show(have)}" if have == limit else f"{memory.show(have)} available"
         fit = (have - self.fixed) // (self.per_token * seqlen)
         hint = f"--nsamples {fit} fits" if fit > 0 else "no number of windows fits; use a larger machine"
-        raise MemoryLimitError(f"the evaluation needs about {memory.show(need)} of memory, there is {what}", hint)
+        _require("the evaluation needs", self.fixed + self.per_token * tokens, room, limit, hint)
+
+
+def require_whole(subjects: Sequence[Subject], *, dtype: str, room: int, limit: int | None) -> None:
+    """Raises MemoryLimitError for the first model that, unlike for its fidelity, is to be wholly in memory for tasks,
+    and does not fit into `room` bytes or the limit that was set.
+    """
+    for subject in subjects:
+        need = process() + subject.source.parameters * tensor_bytes(dtype, (1,))
+        _require(f"{subject.given} as a whole, for --tasks, needs", need, room, limit, "leave out --tasks")
+
+
+def _require(what: str, need: int, room: int, limit: int | None, hint: str) -> None:
+    have = room if limit is None else min(room, limit)
+    if need > have:
+        there = f"--max-memory {memory.show(have)}" if have == limit else f"{memory.show(have)} available"
+        raise MemoryLimitError(f"{what} about {memory.show(need)} of memory, there is {there}", hint)
 
 
 def needs(subjects: Sequence[Subject], *, dtype: str, device: str, seqlen: int, paired: bool) -> Needs:

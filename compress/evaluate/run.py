@@ -77,7 +77,10 @@ def _prepare(request: EvaluateRequest, device: torch.device, clock: Clock, progr
     windows, seqlen = watched.ids.shape
     dtype = _precision(request, saved, previous, (baseline or candidates[0]).dtype, device)
     needs = estimate.needs(subjects, dtype=dtype, device=device.type, seqlen=seqlen, paired=baseline is not None)
-    needs.check(windows * seqlen, seqlen, devices.room(device), request.max_memory)
+    room = devices.room(device)
+    needs.check(windows * seqlen, seqlen, room, request.max_memory)
+    if request.tasks is not None:
+        estimate.require_whole(subjects, dtype=dtype, room=room, limit=request.max_memory)
     batch = min(windows_at_once(subject.source, seqlen, device.type) for subject in subjects)
     setup = Setup(DTYPES[dtype], device, batch, request.trust_remote_code, clock, progress)
     with clock.phase("tasks"):

@@ -56,6 +56,10 @@ def hang_twice(request: QuantizeRequest, progress: Progress) -> dict[str, Any]:
     raise AssertionError("nobody stopped it")
 
 
+class OutOfMemoryError(RuntimeError):
+    """What torch, which is not needed here, raises for a GPU has this name."""
+
+
 RAISED: dict[str, Exception] = {
     "usage": errors.UsageError("no such thing", "do the other thing"),
     "input": errors.InputError(f"bad file {NOISE}", "fetch it again"),
@@ -64,6 +68,7 @@ RAISED: dict[str, Exception] = {
     "busy": errors.BusyError("pid 1 is at it"),
     "python-memory": MemoryError(),
     "torch-memory": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    "device-memory": OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     "disk-full": OSError(28, "No space left on device", "out/w4.partial/x"),
     "bug": KeyError("surprise"),
     "os-bug": OSError(9, "Bad file descriptor"),

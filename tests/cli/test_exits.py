@@ -36,6 +36,7 @@ def test_a_finished_run(llmpare: Run) -> None:
         ("memory", 6, "error: too big\n"),
         ("python-memory", 6, "error: out of memory\n"),
         ("torch-memory", 6, "error: out of memory\n"),
+        ("device-memory", 6, "error: out of memory\nhint: see --max-memory"),
         ("busy", 7, "error: pid 1 is at it\n"),
     ],
 )

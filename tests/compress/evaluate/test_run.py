@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RecurrentGemmaConf
 
 from llmpare.cli.exits import main
 from llmpare.compress.errors import InputError, MemoryLimitError, OutputError
-from llmpare.compress.evaluate import run
+from llmpare.compress.evaluate import estimate, run
 from llmpare.compress.evaluate.estimate import Needs
-from llmpare.compress.evaluate.request import EvaluateRequest, TextRequest
+from llmpare.compress.evaluate.request import EvaluateRequest, TasksRequest, TextRequest
 from llmpare.compress.evaluate.run import run_evaluate
 from llmpare.compress.progress import Silent
 from llmpare.compress.report import schema
@@ -382,6 +382,20 @@ def test_a_part_that_fails_loses_nothing_that_was_measured(
     assert said in capsys.readouterr().err.splitlines()[-2]
     assert all(said in (out / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
     assert (out / "junit.xml").read_text(encoding="utf-8").count("<failure") == 2
+
+
+def test_a_model_that_tasks_need_whole_has_to_fit(
+    place: Path, text: TextRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block by block the model below fits; as a whole it does not, and that is said before it is run."""
+    monkeypatch.setattr(estimate, "process", lambda: 2**30)
+    monkeypatch.setattr(estimate, "_one", lambda *arguments: (0, 0, 64))
+    request = EvaluateRequest((str(place / "dense"),), text=text, max_memory=2**30 + 2**20, dtype="float32")
+    monkeypatch.setattr(estimate, "logit_tokens", lambda device: 1)
+    assert evaluate(request)["passed"]
+    with pytest.raises(MemoryLimitError, match=r"dense as a whole, for --tasks, needs about .* --max-memory") as caught:
+        evaluate(replace(request, tasks=TasksRequest(("any",))))
+    assert caught.value.hint == "leave out --tasks"
 
 
 def test_through_the_command_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,8 +109,14 @@ def report(job: Job, candidates: list[dict[str, Any]], reference: dict[str, Any]
         for candidate in candidates
         for gate in candidate["gates"]
     ]
+    if job.previous is not None:
+        measured = {"candidates": candidates}
+        for warning in against.missing(measured, job.previous):
+            job.warnings.append(warning)
+            setup.progress.warn(warning)
+        checked += against.regressions(measured, job.previous)
     held = gates.verdict(checked, strict=request.strict, fallbacks=job.fallbacks, warnings=job.warnings)
-    found: dict[str, Any] = {
+    return {
         "schema_version": build.SCHEMA_VERSION,
         "command": "evaluate",
         "passed": held and not job.failures and all(candidate["passed"] for candidate in candidates),
@@ -125,8 +131,3 @@ def report(job: Job, candidates: list[dict[str, Any]], reference: dict[str, Any]
         "cost": cost(setup.clock, setup.device),
         "environment": environment(setup.device),
     }
-    if job.previous is not None:
-        regressions = against.regressions(found, job.previous)
-        found["gates"] = checked + regressions
-        found["passed"] = found["passed"] and all(entry["passed"] for entry in regressions)
-    return found

@@ -6,6 +6,7 @@ is what a change too small to matter could look like on other text. A figure has
 
 - perplexity, KL, agreement, scores on tasks: 2 combined standard errors, sqrt(s² + s'²) each. Where there is an
   original, perplexity is compared as its increase over it, whose error is by pairs and therefore small;
+- scores that have no standard error: 5 %;
 - tokens per second: 2 combined spreads, and at least 5 %, since machines vary from run to run;
 - bytes: nothing. A size has no noise.
 """
@@ -24,6 +25,9 @@ ERRORS = 2.0
 
 SPEED_NOISE = 0.05
 """The least share by which tokens per second may fall."""
+
+SCORE_NOISE = 0.05
+"""The share of itself by which a score may get worse that has no standard error, such as an F1 over all documents."""
 
 MAX_BYTES = 2**28
 
@@ -109,8 +113,24 @@ def regressions(report: Report, previous: Report) -> list[dict[str, Any]]:
     return [
         {**entry, "name": f"{now['name']}: {entry['name']}" if len(pairs) > 1 else entry["name"]}
         for now, before in pairs
-        for entry in (*_fidelity(now, before), _size(now, before), *_tasks(now, before), *_speed(now, before))
+        for entry in _entries(now, before)
     ]
+
+
+def missing(report: Report, previous: Report) -> list[str]:
+    """A warning if the earlier report has figures that this one lacks: what is not measured does not get worse."""
+    lost = []
+    for now, before in _pairs(report, previous):
+        there = {entry["name"] for entry in _entries(now, before)}
+        lost += [entry["name"] for entry in _entries(before, before) if entry["name"] not in there]
+    if not lost:
+        return []
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    return [f"only the earlier report has figures for {', '.join(lost[:3])}{more}: they are not compared"]
+
+
+def _entries(now: Report, before: Report) -> list[dict[str, Any]]:
+    return [*_fidelity(now, before), _size(now, before), *_tasks(now, before), *_speed(now, before)]
 
 
 def _short(fact: object) -> str:
@@ -174,7 +194,8 @@ def _tasks(now: Report, before: Report) -> Iterator[dict[str, Any]]:
         if old is None or old["value"] is None:
             continue
         least = row["higher_is_better"]
-        noise = _noise(row["stderr"], old["stderr"])
+        known = row["stderr"] is not None or old["stderr"] is not None
+        noise = _noise(row["stderr"], old["stderr"]) if known else SCORE_NOISE * abs(old["value"])
         limit = old["value"] - noise if least else old["value"] + noise
         yield _entry(f"{row['task']}-{row['metric']}", limit, row["value"], least=least)
 

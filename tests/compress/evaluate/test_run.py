@@ -217,6 +217,19 @@ def test_by_default_models_run_in_the_precision_of_the_earlier_report(
     assert caught.value.hint == "give --dtype bfloat16"
 
 
+def test_figures_that_only_the_earlier_report_has_are_a_warning(place: Path, text: TextRequest, tmp_path: Path) -> None:
+    request = EvaluateRequest((str(place / "dense"),), out=tmp_path / "report", text=text)
+    row = {"task": "gone", "metric": "acc", "higher_is_better": True, "value": 0.5, "stderr": 0.1}
+    earlier = evaluate(request)
+    earlier["candidates"][0]["tasks"] = {"rows": [row]}
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    later = replace(request, out=None, against=tmp_path / "earlier.json")
+    report = evaluate(later)
+    assert report["passed"] is True
+    assert report["warnings"] == ["only the earlier report has figures for against-gone-acc: they are not compared"]
+    assert evaluate(replace(later, strict=True))["passed"] is False
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(place: Path, text: TextRequest, tmp_path: Path) -> None:
     request = EvaluateRequest((str(place / "dense"),), text=text)
     with pytest.raises(OutputError, match="holds 'config.json'"):

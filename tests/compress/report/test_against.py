@@ -67,6 +67,31 @@ def test_where_lower_is_better_a_score_may_not_rise() -> None:
     assert failed(report, previous) == []
 
 
+@pytest.mark.parametrize(("better", "value"), [(True, 0.40), (False, 12.0)])
+def test_a_score_without_a_standard_error_may_get_worse_by_five_percent(better: bool, value: float) -> None:
+    previous = evaluation(speed=False)
+    row = first(previous)["tasks"]["rows"][0]
+    row |= {"metric": "f1", "higher_is_better": better, "value": value, "stderr": None}
+    for share, expected in ((0.049, []), (0.051, ["against-arc_easy-f1"]), (-0.5, [])):
+        report = copy.deepcopy(previous)
+        first(report)["tasks"]["rows"][0]["value"] *= 1 - share if better else 1 + share
+        assert failed(report, previous) == expected
+
+
+def test_figures_that_are_gone_are_named() -> None:
+    previous = evaluation()
+    assert against.missing(evaluation(), previous) == []
+    report = evaluation()
+    del first(report)["tasks"]["rows"][0]
+    assert against.missing(report, previous) == [
+        "only the earlier report has figures for against-arc_easy-acc: they are not compared"
+    ]
+    (said,) = against.missing(evaluation(speed=False, tasks=False), previous)
+    assert said.startswith("only the earlier report has figures for against-arc_easy-acc, against-hellaswag-acc, ")
+    assert said.endswith(f" and {len(first(previous)['speed']['rows']) - 1} more: they are not compared")
+    assert against.missing(previous, evaluation(speed=False, tasks=False)) == []
+
+
 def test_a_single_byte_more_is_a_regression() -> None:
     previous = evaluation()
     report = copy.deepcopy(previous)

@@ -254,6 +254,11 @@ def files_below(folder: Path) -> Iterator[Path]:
             yield Path(where, name)
 
 
+def temporary(name: str) -> str:
+    """What a file is called until `write_file` has written it."""
+    return f".{name}.tmp"
+
+
 def is_temporary(name: str) -> bool:
     """Whether a file name is one that a kill may leave behind: of `write_file`, or of a file about to lose its name."""
     return name.startswith(".") and name.endswith(".tmp")
@@ -261,10 +266,10 @@ def is_temporary(name: str) -> bool:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[int]:
-    temporary = path.with_name(f".{path.name}.tmp")
+    unfinished = path.with_name(temporary(path.name))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = create(temporary)
+        fd = create(unfinished)
         complete = False
         try:
             yield fd
@@ -274,6 +279,6 @@ def _replacing(path: Path) -> Iterator[int]:
             os.close(fd)
             if not complete:
                 with suppress(OSError):  # the failure that matters is the one on its way out
-                    os.unlink(temporary)
-        os.replace(temporary, path)
+                    os.unlink(unfinished)
+        os.replace(unfinished, path)
         sync_folder(path.parent)

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from llmpare.compress.checkpoint.files import read_file, shown, write_file, writing
+from llmpare.compress.checkpoint.files import read_file, shown, temporary, write_file, writing
 from llmpare.compress.errors import OutputError
 from llmpare.compress.evaluate.request import EvaluateRequest
 from llmpare.compress.report import files, junit
@@ -29,7 +29,7 @@ def prepared(request: EvaluateRequest) -> Iterator[None]:
     with ExitStack() as on_failure:
         if request.out is not None:
             on_failure.callback(_remove_if_empty, request.out)
-            _refuse_occupied(request.out)
+            _refuse_occupied(request.out, request.junit)
         yield
         on_failure.pop_all()
 
@@ -39,10 +39,13 @@ def _remove_if_empty(folder: Path) -> None:
         os.rmdir(folder)
 
 
-def _refuse_occupied(out: Path) -> None:
+def _refuse_occupied(out: Path, junit: Path | None) -> None:
     if not os.access(out, os.W_OK):
         raise OutputError(f"{shown(out)} cannot be written", "choose another place with -o")
-    others = sorted(name for name in os.listdir(out) if not name.startswith(files.REPORTS))
+    beside = [junit.name] if junit is not None and junit.parent.resolve() == out.resolve() else []
+    written = [*files.REPORTS, *beside]
+    ours = {*written, *map(temporary, written)}  # the latter a kill may have left behind
+    others = sorted(name for name in os.listdir(out) if name not in ours)
     if others or not _replaceable(out / files.JSON):
         what = shown(others[0]) if others else "the report of another command"
         raise OutputError(f"{shown(out)} holds {what}", "choose another place with -o")

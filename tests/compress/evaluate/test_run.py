@@ -230,6 +230,18 @@ def test_figures_that_only_the_earlier_report_has_are_a_warning(place: Path, tex
     assert evaluate(replace(later, strict=True))["passed"] is False
 
 
+def test_the_same_command_again_replaces_what_it_wrote(place: Path, text: TextRequest, tmp_path: Path) -> None:
+    """The gates in the folder of the report, and what a kill left behind while the report was written."""
+    out = tmp_path / "report"
+    request = EvaluateRequest((str(place / "dense"),), out=out, text=text, junit=out / "junit.xml")
+    evaluate(request)
+    (out / ".report.json.tmp").write_text("{")
+    evaluate(request)
+    assert tiny.names(out) == ["junit.xml", "report.html", "report.json", "report.md"]
+    with pytest.raises(OutputError, match="holds 'junit.xml'"):
+        evaluate(replace(request, junit=None))
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(place: Path, text: TextRequest, tmp_path: Path) -> None:
     request = EvaluateRequest((str(place / "dense"),), text=text)
     with pytest.raises(OutputError, match="holds 'config.json'"):

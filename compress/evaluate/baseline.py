@@ -5,7 +5,7 @@ together, and the log-probability of the token that really follows. From these t
 buckets, which by the data-processing inequality is a lower bound of the divergence over all tokens, and close to it
 when little probability is left in the tail.
 
-A folder: logits-00001.safetensors … with a run of windows each, and baseline.json, written last, with the digests of
+A folder: logits-00001-….safetensors … with a run of windows each, and baseline.json, written last, with the digests of
 these files, of the model and of the text.
 """
 
@@ -14,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,15 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from llmpare.compress.checkpoint.files import read_file, read_json, shown, write_file, writing
+from llmpare.compress.checkpoint.files import (
+    Closing,
+    is_temporary,
+    read_file,
+    read_json,
+    shown,
+    write_file,
+    writing,
+)
 from llmpare.compress.errors import InputError, OutputError
 from llmpare.compress.evaluate.fidelity import Scores, agreement, log_softmax_, nll, top
 from llmpare.compress.evaluate.request import TOP
@@ -87,16 +96,19 @@ class Identity:
     dtype: str
 
 
-class Saver:
-    """Writes predictions window by window; nothing counts as saved before `finish`."""
+class Saver(Closing):
+    """Writes predictions window by window. Earlier ones in the folder count until `finish`, and are gone after it."""
 
     def __init__(self, folder: Path, k: int) -> None:
+        """Raises OutputError for a folder that holds anything but saved predictions."""
         self.k = k
         self._folder = folder
         self._waiting: list[TopK] = []
         self._bytes = 0
         self._files: list[dict[str, Any]] = []
-        _prepare(folder)
+        with writing(folder):
+            os.makedirs(folder, exist_ok=True)
+            self._stays = _held(folder)
 
     def add(self, part: TopK) -> None:
         """The next windows, all their positions."""
@@ -110,6 +122,15 @@ class Saver:
         self._write()
         index = {"version": VERSION, "top_k": self.k, **asdict(identity), "files": self._files}
         write_file(self._folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+        self._stays = {INDEX, *(entry["name"] for entry in self._files)}
+
+    def close(self) -> None:
+        """Removes what is no part of finished predictions, and the folder if nothing is left."""
+        with writing(self._folder):
+            for name in _held(self._folder) - self._stays:
+                os.unlink(self._folder / name)
+        with suppress(OSError):  # which stays if predictions are in it
+            os.rmdir(self._folder)
 
     def _write(self) -> None:
         if not self._waiting:
@@ -117,24 +138,22 @@ class Saver:
         columns = zip(*(vars(part).items() for part in self._waiting), strict=True)
         tensors = {column[0][0]: torch.cat([tensor for _, tensor in column]).contiguous() for column in columns}
         data = save(tensors)
-        name = f"logits-{len(self._files) + 1:05d}.safetensors"
+        digest = hashlib.sha256(data).hexdigest()
+        name = f"logits-{len(self._files) + 1:05d}-{digest[:16]}.safetensors"  # never that of others that still count
         write_file(self._folder / name, data)
-        entry = {"name": name, "windows": len(tensors["tail"]), "sha256": hashlib.sha256(data).hexdigest()}
+        entry = {"name": name, "windows": len(tensors["tail"]), "sha256": digest}
         self._files.append(entry)
         self._waiting, self._bytes = [], 0
 
 
-def _prepare(folder: Path) -> None:
-    """Makes the folder, or empties it of an earlier baseline. Raises OutputError if it holds anything else."""
-    with writing(folder):
-        os.makedirs(folder, exist_ok=True)
-        names = sorted(os.listdir(folder))
-        ours = [name for name in names if name == INDEX or (name.startswith("logits-") and ".safetensors" in name)]
-        if names != ours:
-            other = next(name for name in names if name not in ours)
-            raise OutputError(f"{shown(folder)} is no saved baseline: it holds {shown(other)}", "name another folder")
-        for name in sorted(ours):  # the index goes first: what is left without it is no baseline
-            os.unlink(folder / name)
+def _held(folder: Path) -> set[str]:
+    """The names of saved predictions, finished or not. Raises OutputError if the folder holds anything else."""
+    names = set(os.listdir(folder))
+    for name in sorted(names):
+        kept = name[1:].removesuffix(".tmp") if is_temporary(name) else name
+        if kept != INDEX and not (kept.startswith("logits-") and kept.endswith(".safetensors")):
+            raise OutputError(f"{shown(folder)} is no saved baseline: it holds {shown(name)}", "name another folder")
+    return names
 
 
 class Saved:

@@ -44,7 +44,10 @@ def run_evaluate(request: EvaluateRequest, progress: Progress) -> dict[str, Any]
         for warning in job.warnings:
             progress.warn(warning)
         with publish.prepared(request):
-            report = _measure(job)
+            saver = None if request.save_baseline is None else Saver(request.save_baseline, request.top_k)
+            if saver is not None:
+                stack.enter_context(saver)
+            report = _measure(job, saver)
             publish.write(request, report)
     return report
 
@@ -128,9 +131,7 @@ def _same_model(saved: Saved) -> None:
             saved.require_model(saved.identity.model, digest(source))
 
 
-def _measure(job: Job) -> dict[str, Any]:
-    request = job.request
-    saver = None if request.save_baseline is None else Saver(request.save_baseline, request.top_k)
+def _measure(job: Job, saver: Saver | None) -> dict[str, Any]:
     dense: Reader | Saved | None = job.saved
     if job.baseline is not None:
         dense = _read(job, job.baseline)

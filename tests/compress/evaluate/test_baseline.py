@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
@@ -79,10 +80,14 @@ def test_what_is_saved_is_read_back(tmp_path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_unfinished_baseline_is_none(tmp_path) -> None:
-    """A run that dies while it replaces an older one leaves nothing that could be taken for either."""
+    """A run that dies while it replaces an older one leaves that as it was."""
     dense, _, targets = logits(6)
-    first = Saver(tmp_path / "kept", 6)
-    first.add(kept(dense, targets, 6))
-    first.finish(IDENTITY)
-    Saver(tmp_path / "kept", 6)
-    assert list((tmp_path / "kept").iterdir()) == []
+    with Saver(tmp_path / "kept", 6) as first:
+        first.add(kept(dense, targets, 6))
+        first.finish(IDENTITY)
+    before = tiny.contents(tmp_path / "kept")
+    with Saver(tmp_path / "kept", 5) as second:
+        second.add(kept(dense, targets, 5))
+        second._write()
+        assert tiny.contents(tmp_path / "kept").items() > before.items()
+    assert tiny.contents(tmp_path / "kept") == before

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RecurrentGemmaConf
 from llmpare.cli.exits import main
 from llmpare.compress.errors import InputError, MemoryLimitError, OutputError
 from llmpare.compress.evaluate import estimate, run
+from llmpare.compress.evaluate.baseline import Saver
 from llmpare.compress.evaluate.estimate import Needs
 from llmpare.compress.evaluate.request import EvaluateRequest, TasksRequest, TextRequest
 from llmpare.compress.evaluate.run import run_evaluate
@@ -315,7 +316,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["logits-00001.safetensors", "baseline.json"])
+@pytest.mark.parametrize("name", ["logits-00001", "baseline.json"])
 def test_a_damaged_baseline_is_refused(place: Path, text: TextRequest, saved: Path, tmp_path: Path, name: str) -> None:
     copy = Path(shutil.copytree(saved, tmp_path / "kept"))
     if name == "baseline.json":
@@ -323,7 +324,7 @@ def test_a_damaged_baseline_is_refused(place: Path, text: TextRequest, saved: Pa
         del index["files"]
         (copy / name).write_text(json.dumps(index))
     else:
-        flip(copy / name)
+        flip(next(copy.glob(f"{name}-*")))
     with pytest.raises(InputError, match=name):
         evaluate(EvaluateRequest((str(place / "shaken-0"),), str(copy), text=text))
 
@@ -332,6 +333,37 @@ def test_a_baseline_is_not_saved_over_something_else(place: Path, text: TextRequ
     with pytest.raises(OutputError, match="is no saved baseline"):
         evaluate(EvaluateRequest((str(place / "dense"),), text=text, save_baseline=place / "shaken-0"))
     assert (place / "shaken-0" / "model.safetensors").exists()
+
+
+def test_a_run_that_fails_leaves_the_kept_baseline_as_it_was(
+    place: Path, text: TextRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = EvaluateRequest((str(place / "dense"),), text=text, save_baseline=tmp_path / "kept")
+    evaluate(request)
+    before = tiny.contents(tmp_path / "kept")
+
+    def fail(saver: Saver, identity: object) -> None:
+        raise InputError("the disk the model is on went away")
+
+    other = replace(request, models=(str(place / "shaken-0"),))
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "finish", fail)
+        with pytest.raises(InputError, match="went away"):
+            evaluate(other)
+        with pytest.raises(InputError, match="went away"):
+            evaluate(replace(other, save_baseline=tmp_path / "new"))
+    assert tiny.contents(tmp_path / "kept") == before
+    assert tiny.names(tmp_path) == ["kept"]
+    evaluate(other)
+    assert tiny.contents(tmp_path / "kept").keys().isdisjoint(before.keys() - {"baseline.json"})
+
+
+def test_what_a_kill_left_of_a_baseline_is_replaced(place: Path, text: TextRequest, tmp_path: Path) -> None:
+    for name in ("logits-00001-0.safetensors", ".logits-00002-0.safetensors.tmp"):
+        (tmp_path / name).touch()
+    evaluate(EvaluateRequest((str(place / "dense"),), text=text, save_baseline=tmp_path))
+    index = json.loads((tmp_path / "baseline.json").read_bytes())
+    assert tiny.names(tmp_path) == ["baseline.json", *(entry["name"] for entry in index["files"])]
 
 
 # --- models that differ

@@ -77,6 +77,9 @@ def _prepare(request: EvaluateRequest, device: torch.device, clock: Clock, progr
                 f"{saved.folder} was saved for a vocabulary of {saved.identity.vocabulary}, a model has {least}",
                 "give the original model as --baseline: vocabularies can then be cut to what they share",
             )
+    if request.text.nsamples is None and not watched.source["whole"]:
+        measured = f"{watched.ids.size:,} tokens of {watched.source['dataset']}"
+        warnings.append(f"only the first {measured} are measured; --nsamples says how many")
     windows, seqlen = watched.ids.shape
     dtype = _precision(request, saved, previous, (baseline or candidates[0]).dtype, device)
     needs = estimate.needs(subjects, dtype=dtype, device=device.type, seqlen=seqlen, paired=baseline is not None)

@@ -1,11 +1,13 @@
 """The text that models are measured on: windows by the field's protocol, and what every token of it is.
 
 All texts are joined with blank lines, the tokenizer's bos goes in front, and the stream is cut into consecutive
-windows, of which the first are taken; the rest of the stream is dropped. In every window each token but the first is
-scored. Rows of token ids are taken as they are, one window a row.
+windows, of which the first are taken; the rest of the stream is dropped. Files are read to their end unless a number of
+windows is named; of what comes from the hub, which may have no end in sight, enough is read. In every window each token
+but the first is scored. Rows of token ids are taken as they are, one window a row.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -58,7 +60,7 @@ def read(request: TextRequest, tokenizer: Any, *, vocab_size: int, max_length: i
         raise InputError(f"{name}: no text, 0 tokens, and {wanted} are needed", "give it some text")
     rows = chain([first], rows)
     if first.input_ids is None:
-        text = _from_text(rows, request.nsamples, seqlen, tokenizer, vocab_size, name)
+        text = _from_text(rows, request, seqlen, tokenizer, vocab_size, name)
     else:
         spec = TextSpec(name, request.nsamples, request.seqlen)
         ids, _, source = calibration.given_windows(rows, spec, ALL, vocab_size, max_length)
@@ -92,10 +94,12 @@ def _from_ids(ids: "NDArray[np.int64]", source: dict[str, Any], tokenizer: Any) 
 
 
 def _from_text(
-    rows: Iterator[Row], nsamples: int | None, seqlen: int, tokenizer: Any, vocab_size: int, name: str
+    rows: Iterator[Row], request: TextRequest, seqlen: int, tokenizer: Any, vocab_size: int, name: str
 ) -> Text:
     import numpy as np
 
+    nsamples = request.nsamples
+    bounded = nsamples is not None or not all(map(os.path.isfile, request.datasets))
     bos = tokenizer.bos_token_id
     front = [] if bos is None else [bos]
     ids, ends, kinds = [np.array(front, np.int64)], [np.zeros(len(front), np.int64)], [np.zeros(len(front), np.int16)]
@@ -116,7 +120,7 @@ def _from_text(
         characters += len(content)
         tokens += len(new)
         count += 1
-        if characters >= ENOUGH_TEXT and tokens >= (nsamples or 0) * seqlen:
+        if bounded and characters >= ENOUGH_TEXT and tokens >= (nsamples or 0) * seqlen:
             break
     stream = np.concatenate(ids)
     available = len(stream) // seqlen

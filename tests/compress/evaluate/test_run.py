@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RecurrentGemmaConf
 from llmpare.cli.exits import main
 from llmpare.compress.errors import InputError, MemoryLimitError, OutputError
 from llmpare.compress.evaluate import estimate, run
+from llmpare.compress.evaluate import text as textual
 from llmpare.compress.evaluate.baseline import Saver
 from llmpare.compress.evaluate.estimate import Needs
 from llmpare.compress.evaluate.request import EvaluateRequest, TasksRequest, TextRequest
@@ -158,6 +159,16 @@ def test_several_files_are_kinds_of_their_own(place: Path) -> None:
     files = (str(place / "evaluation.txt"), str(place / "calibration.txt"))
     report = evaluate(EvaluateRequest((str(place / "dense"),), text=TextRequest(files, seqlen=tiny.WINDOW)))
     assert [row["name"] for row in report["candidates"][0]["domains"]] == ["calibration.txt", "evaluation.txt"]
+
+
+def test_a_text_that_goes_on_is_a_warning(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(textual, "ENOUGH_TEXT", 1000)
+    request = EvaluateRequest((str(place / "dense"),), text=TextRequest(seqlen=tiny.WINDOW))
+    report = evaluate(request)
+    tokens = report["evaluation"]["windows"] * tiny.WINDOW
+    said = f"only the first {tokens:,} tokens of bundled are measured; --nsamples says how many"
+    assert report["warnings"] == [said]
+    assert evaluate(replace(request, text=replace(request.text, nsamples=2)))["warnings"] == []
 
 
 def test_a_report_folder(place: Path, text: TextRequest, tmp_path: Path) -> None:

@@ -41,6 +41,17 @@ def test_windows_are_the_first_ones_of_the_text_tokenized_whole(tokenizer: Any, 
     assert some.source["ids_sha256"] != all_of_it.source["ids_sha256"]
 
 
+def test_files_are_read_to_the_end_of_the_last(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "ENOUGH_TEXT", 10)
+    names = tuple(str(tmp_path / f"{name}.txt") for name in ("first", "second"))
+    for name in names:
+        Path(name).write_text(STORY, encoding="utf-8")
+    whole = read(tokenizer, TextRequest(names, None, 16))
+    assert (whole.source["rows"], whole.source["whole"]) == (2, True)
+    some = read(tokenizer, TextRequest(names, 1, 16))
+    assert (some.source["rows"], some.source["whole"]) == (1, False)
+
+
 def test_it_is_the_stream_that_calibration_cuts(tokenizer: Any) -> None:
     """Of the bundled rows, joined with blank lines: quantize and evaluate measure on the same text."""
     mine = read(tokenizer, TextRequest(seqlen=512))

@@ -14,6 +14,7 @@ import transformers
 
 from llmpare.compress import devices, hardware
 from llmpare.compress.activations import windows_at_once
+from llmpare.compress.checkpoint.files import shown
 from llmpare.compress.checkpoint.tensors import DTYPES
 from llmpare.compress.clock import Clock
 from llmpare.compress.errors import InputError, MemoryLimitError, UsageError
@@ -59,6 +60,11 @@ def _prepare(request: EvaluateRequest, device: torch.device, clock: Clock, progr
     saved = Saved(place) if place is not None and is_saved(place) else None
     if saved is not None and request.save_baseline is not None:
         raise UsageError("--save-baseline: the baseline is saved already", "name the original model with --baseline")
+    if saved is not None and request.gates.min_recovery is not None:
+        raise UsageError(
+            f"--min-recovery compares scores, and {shown(saved.folder)} keeps predictions only",
+            "name the original model with --baseline",
+        )
     baseline, candidates = open_subjects(request, None if saved else place, stack)
     subjects = [*([baseline] if baseline else []), *candidates]
     first = next((subject for subject in subjects if subject.tokenizer is not None), None)

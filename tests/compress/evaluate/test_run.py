@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from llmpare.cli.exits import main
-from llmpare.compress.errors import InputError, MemoryLimitError, OutputError
+from llmpare.compress.errors import InputError, MemoryLimitError, OutputError, UsageError
 from llmpare.compress.evaluate import estimate, run
 from llmpare.compress.evaluate import text as textual
 from llmpare.compress.evaluate.baseline import Saver
@@ -298,6 +298,15 @@ def test_with_the_whole_vocabulary_the_bound_is_exact(place: Path, text: TextReq
     found = evaluate(EvaluateRequest((str(place / "shaken-0"),), str(place / "all"), text=text))
     exact = float(textbook(place, "shaken-0")["kl"].mean())
     assert found["candidates"][0]["fidelity"]["kl"]["mean"] == pytest.approx(exact, rel=1e-3)
+
+
+def test_scores_are_not_compared_with_a_saved_baseline(place: Path, text: TextRequest, saved: Path) -> None:
+    limits = Gates(min_recovery=0.99)
+    request = EvaluateRequest(
+        (str(place / "dense"),), str(saved), text=text, tasks=TasksRequest(("any",)), gates=limits
+    )
+    with pytest.raises(UsageError, match="--min-recovery compares scores, and '.*kept' keeps predictions only"):
+        evaluate(request)
 
 
 def test_a_saved_baseline_of_another_text_is_refused(place: Path, text: TextRequest, saved: Path) -> None:

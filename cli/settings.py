@@ -184,8 +184,13 @@ def collect(params: Mapping[str, object], parsers: Parsers) -> Settings:
     """
     given = {canonical(name): value for name, value in params.items() if value not in (None, ()) and value != []}
     config = given.pop("config", None)
-    settings = _parse(_read_yaml(Path(str(config)), parsers), f"{config}: ", parsers) if config else {}
-    return settings | _parse(given, "--", parsers)
+    if config is None:
+        return _parse(given, "--", parsers)
+    from llmpare.cli import config_file
+
+    written = config_file.read(Path(str(config)))
+    check_names(written, parsers, str(config))
+    return _parse(written, f"{config}: ", parsers) | _parse(given, "--", parsers)
 
 
 def required(settings: Settings, name: str, how: str) -> str:
@@ -214,34 +219,3 @@ def _parse(raw: Mapping[str, object], prefix: str, parsers: Parsers) -> dict[str
             place = "MODEL" if prefix == "--" and name in ("model", "models") else f"{prefix}{name}"
             raise UsageError(f"{place}: {error}, got {value!r}") from None
     return parsed
-
-
-def _read_yaml(path: Path, parsers: Parsers) -> dict[str, object]:
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        content, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", "--config takes a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} does not hold names and values", "write one 'name: value' per line")
-    keyed = {canonical(str(key)): value for key, value in content.items()}
-    if len(keyed) < len(node.value):  # of a key that is written twice, the content holds the last alone
-        raise UsageError(f"{path}: the same name is given twice, perhaps in two spellings")
-    if "sym" in keyed:
-        keyed["asym"] = _opposite(keyed, path)
-    check_names(keyed, parsers, str(path))
-    return keyed
-
-
-def _opposite(keyed: dict[str, object], path: Path) -> bool:
-    """asym for a file that says sym, which as flags are --asym and --sym."""
-    value = keyed.pop("sym")
-    if "asym" in keyed or not isinstance(value, bool):
-        raise UsageError(f"{path}: sym: expected true or false, and not together with asym, got {value!r}")
-    return not value

@@ -13,10 +13,10 @@ _UNITS = {
 
 
 def text(value: object) -> str:
-    """A string that is not empty. A number from a config file is taken as its digits ('revision: 123')."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+    """A string that is not empty."""
+    if not isinstance(value, str) or value == "":
         raise ValueError("expected text")
-    return str(value)
+    return value
 
 
 def path(value: object) -> str:
@@ -73,7 +73,7 @@ def positive(value: object) -> int:
 
 
 def number(value: object) -> float:
-    """A finite number; YAML 1.1 reads '1e-3' as text, so text is taken too."""
+    """A finite number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("expected a number")
     try:

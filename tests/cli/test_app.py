@@ -200,6 +200,13 @@ def test_a_config_file_holds_the_names_of_the_flags(asked: Asked) -> None:
     )
 
 
+@pytest.mark.parametrize("revision", ["0100", "1_000", "1.10", "2024-01-01", "12:30", "123"])
+def test_a_value_of_the_file_is_what_is_written_there(asked: Asked, revision: str) -> None:
+    """YAML 1.1 has numbers in base 8 and 60, and dates."""
+    request = asked("--config", write(f"model: model\nout: out\nrevision: {revision}\n"))
+    assert request == replace(DEFAULT, revision=revision)
+
+
 def test_a_flag_wins_over_the_file(asked: Asked) -> None:
     config = write("model: one\nout: two\nbits: 3\nasym: true\nignore: a")
     request = asked("model", "--config", config, "--bits", "8", "--sym", "--ignore", "b", "-o", "out")

@@ -142,6 +142,8 @@ def test_the_config_file_holds_the_same_names(asked: Asked, tmp_path: Path) -> N
     options = prune.resolve("alps", {"refit": 0.0})
     expected = mask(options=options, ignore=("down",), calibration=TextSpec(nsamples=7))
     assert asked("--config", "run.yaml") == expected
+    (tmp_path / "pattern.yaml").write_text("pattern: 2:4\n")
+    assert asked("--config", "pattern.yaml") == asked("--pattern", "2:4")
     (tmp_path / "shape.yaml").write_text("drop_layers: [3, 5-6]\n")
     assert asked("--config", "shape.yaml") == ShrinkRequest("model", Path("out"), cut=Cut(drop_layers=(3, 5, 6)))
 

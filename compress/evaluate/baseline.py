@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +57,11 @@ class TopK:
         target = nll(log_probabilities, targets).neg()
         values, ids = log_probabilities.topk(min(k, log_probabilities.shape[-1]))
         return cls(ids.int(), values, log_probabilities.scatter_(-1, ids, -math.inf).logsumexp(-1), target)
+
+    @classmethod
+    def join(cls, parts: Sequence["TopK"], dim: int) -> "TopK":
+        """Parts in their order; dim: 0 along the windows, 1 along the positions."""
+        return cls(*(torch.cat(column, dim) for column in zip(*(vars(part).values() for part in parts), strict=True)))
 
     def part(self, windows: slice, start: int, end: int, device: torch.device) -> "TopK":
         """Some of the windows and positions."""
@@ -135,13 +140,12 @@ class Saver(Closing):
     def _write(self) -> None:
         if not self._waiting:
             return
-        columns = zip(*(vars(part).items() for part in self._waiting), strict=True)
-        tensors = {column[0][0]: torch.cat([tensor for _, tensor in column]).contiguous() for column in columns}
-        data = save(tensors)
+        whole = TopK.join(self._waiting, 0)
+        data = save({name: tensor.contiguous() for name, tensor in vars(whole).items()})
         digest = hashlib.sha256(data).hexdigest()
         name = f"logits-{len(self._files) + 1:05d}-{digest[:16]}.safetensors"  # never that of others that still count
         write_file(self._folder / name, data)
-        entry = {"name": name, "windows": len(tensors["tail"]), "sha256": digest}
+        entry = {"name": name, "windows": len(whole.tail), "sha256": digest}
         self._files.append(entry)
         self._waiting, self._bytes = [], 0
 
@@ -205,7 +209,7 @@ class Saved:
             if low < high:
                 pieces.append(self._file(number, first).part(slice(low - first, high - first), start, end, device))
             first += count
-        return TopK(*(torch.cat(column) for column in zip(*(vars(p).values() for p in pieces), strict=True)))
+        return TopK.join(pieces, 0)
 
     def _file(self, number: int, first: int) -> TopK:
         if self._held is None or self._held[:2] != (number, first):

@@ -18,6 +18,7 @@ from typing import Any
 
 from llmpare.compress.checkpoint.files import read_json, shown
 from llmpare.compress.errors import InputError
+from llmpare.compress.report import show
 from llmpare.compress.report.subjects import baseline, subjects
 
 ERRORS = 2.0
@@ -217,6 +218,5 @@ def _speed(now: Report, before: Report) -> Iterator[dict[str, Any]]:
 
 
 def _setting(row: Report) -> str:
-    """'(transformers, decode, batch 4, prompt 128, dynamic cache, sdpa)'."""
-    parts = [row["engine"], row["mode"], f"batch {row['batch']}", f"prompt {row['prompt']}", f"{row['cache']} cache"]
-    return f"({', '.join([*parts, str(row['attention']), *(['compiled'] if row['compiled'] else [])])})"
+    """'(transformers, decode, batch 4, prompt 128, dynamic cache, sdpa attention)'."""
+    return f"({row['engine']}, {row['mode']}, batch {row['batch']}, prompt {row['prompt']}, {show.setting(row)})"

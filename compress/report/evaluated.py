@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmpare.compress.report import common, show
-from llmpare.compress.report.marks import code, plain, table, with_error
+from llmpare.compress.report.marks import code, plain, table
 
 SHOWN = 10  # of the worst contexts; report.json has the rest
 CONTEXT = 100  # characters before the place that are shown
@@ -81,7 +81,7 @@ def _size(size: Section) -> str:
 
 def _dense(candidates: Sequence[Section]) -> str:
     perplexity = candidates[0]["fidelity"]["perplexity"]
-    return with_error(perplexity["dense"], perplexity["dense_stderr"])
+    return show.with_error(perplexity["dense"], perplexity["dense_stderr"])
 
 
 def _dense_bits(candidates: Sequence[Section]) -> str:
@@ -94,14 +94,14 @@ def _bits(fidelity: Section, which: str) -> str:
 
 
 def _perplexity(perplexity: Section) -> str:
-    shown = with_error(perplexity["compressed"], perplexity["compressed_stderr"])
+    shown = show.with_error(perplexity["compressed"], perplexity["compressed_stderr"])
     increase = perplexity["increase"]
     return shown if increase is None else f"{shown} ({show.percent(increase, 2, signed=True)})"
 
 
 def _kl(kl: Section) -> str:
     quantiles = f"median {show.figure(kl['median'], 3)}, 99 % below {show.figure(kl['p99'], 3)}"
-    return f"{with_error(kl['mean'], kl['stderr'])}; {quantiles}"
+    return f"{show.with_error(kl['mean'], kl['stderr'])}; {quantiles}"
 
 
 def _agreement(agreement: Section) -> str:
@@ -159,7 +159,7 @@ def _tasks(tasks: Section | None, of: str) -> list[str]:
             (
                 code(row["task"]),
                 plain(row["metric"]),
-                with_error(row["value"], row["stderr"]) if row["stderr"] is not None else show.figure(row["value"]),
+                show.with_error(row["value"], row["stderr"]),
                 "" if row["baseline"] is None else show.figure(row["baseline"]),
                 "" if row["recovery"] is None else show.percent(row["recovery"], 2),
                 "" if flips is None else f"{flips['lost']} lost, {flips['gained']} gained",
@@ -179,7 +179,7 @@ def _speed(speed: Section | None, of: str) -> list[str]:
             row["mode"],
             str(row["batch"]),
             str(row["prompt"]),
-            ", ".join([row["cache"], str(row["attention"]), *(["compiled"] if row["compiled"] else [])]),
+            plain(show.setting(row)),
             _milliseconds(row["ttft_ms"]),
             _milliseconds(row["tpot_ms"]),
             show.figure(row["tokens_per_second"]),
@@ -187,7 +187,7 @@ def _speed(speed: Section | None, of: str) -> list[str]:
         )
         for row in speed["rows"]
     ]
-    head = ("engine", "", "batch", "prompt", "cache, attention", "first token", "per token", "tokens/s", "peak memory")
+    head = ("engine", "", "batch", "prompt", "setting", "first token", "per token", "tokens/s", "peak memory")
     lines = [f"## Speed{of}", "", *table(head, rows, right="235678")]
     for skipped in speed.get("skipped", []):
         lines += ["", f"Skipped: {plain(skipped['engine'])}, {plain(skipped['what'])}: {plain(skipped['why'])}"]

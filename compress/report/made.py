@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmpare.compress.report import show
-from llmpare.compress.report.marks import code, plain, table, with_error
+from llmpare.compress.report.marks import code, plain, table
 
 Section = Mapping[str, Any]
 WORST_LINEARS = 8
@@ -23,14 +23,14 @@ def headline(report: Section, how: str, more: Sequence[Sequence[str]]) -> list[s
         ),
         (
             "perplexity",
-            with_error(perplexity["dense"], perplexity["dense_stderr"]),
-            with_error(perplexity["compressed"], perplexity["compressed_stderr"]),
+            show.with_error(perplexity["dense"], perplexity["dense_stderr"]),
+            show.with_error(perplexity["compressed"], perplexity["compressed_stderr"]),
             show.percent(perplexity["increase"], 2, signed=True),
         ),
         (
             "KL divergence, nats per token",
             "",
-            with_error(kl["mean"], kl["stderr"]),
+            show.with_error(kl["mean"], kl["stderr"]),
             f"median {show.figure(kl['median'], 3)}, 99 % below {show.figure(kl['p99'], 3)}",
         ),
         (

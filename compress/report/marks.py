@@ -24,8 +24,3 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: str = "") -
     """A table; `right` holds the numbers of the columns that are aligned to the right ('12')."""
     rule = ["---:" if str(i) in right else "---" for i in range(len(head))]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
-
-
-def with_error(value: float | None, error: float | None) -> str:
-    """'58.29 ± 0.41'."""
-    return f"{show.figure(value)} ± {show.figure(error, 2)}"

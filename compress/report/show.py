@@ -1,6 +1,8 @@
 """Numbers and foreign text as people read them."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 def printable(text: str) -> str:
@@ -37,6 +39,12 @@ def figure(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits - 1}e}" if places > 9 else f"{value:.{max(places, 0)}f}"
 
 
+def with_error(value: float | None, error: float | None, digits: int = 4) -> str:
+    """'58.29 ± 0.41'; no error is shown where none could be measured."""
+    shown = figure(value, digits)
+    return f"{shown} ± {figure(error, 2)}" if error and math.isfinite(error) else shown
+
+
 def percent(share: float | None, places: int = 1, *, signed: bool = False) -> str:
     """A share as a percentage: 0.959 is '95.9 %'."""
     if share is None or not math.isfinite(share):
@@ -47,6 +55,12 @@ def percent(share: float | None, places: int = 1, *, signed: bool = False) -> st
 def groups(size: int) -> str:
     """The group size of a scheme, as a report has it: 'groups of 128'."""
     return {-1: "one scale per row", 0: "groups of a size fitted to each linear"}.get(size, f"groups of {size}")
+
+
+def setting(row: Mapping[str, Any]) -> str:
+    """How a model was run to be timed, by its row in the report: 'static cache, compiled, sdpa attention'."""
+    cache = "no cache" if row["cache"] == "off" else f"{row['cache']} cache"
+    return ", ".join([cache, *["compiled"] * row["compiled"], f"{row['attention']} attention"])
 
 
 def duration(seconds: float) -> str:

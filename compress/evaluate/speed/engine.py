@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from llmpare.compress.report import show
+
 Memory = Literal["device", "resident"]
 OWN = "its own"  # attention: whatever the engine or the model's code runs with by itself
 
@@ -36,12 +38,9 @@ class Case:
 
     @property
     def label(self) -> str:
-        """For messages: 'batch 4, prompt 128, static cache, compiled'."""
-        parts = [f"{self.batch} requests" if self.continuous else f"batch {self.batch}", f"prompt {self.prompt}"]
-        if not self.continuous:
-            parts.append("no cache" if self.cache == "off" else f"{self.cache} cache")
-        parts += ["compiled"] * self.compiled + ["continuous batching"] * self.continuous
-        return ", ".join([*parts, f"{self.attention} attention"])
+        """For messages: 'batch 4, prompt 128, static cache, compiled, sdpa attention'."""
+        size = f"{self.batch} requests at once" if self.continuous else f"batch {self.batch}"
+        return f"{size}, prompt {self.prompt}, {show.setting(vars(self))}"
 
 
 @dataclass(frozen=True)

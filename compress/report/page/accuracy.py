@@ -48,12 +48,12 @@ def _fidelity(judged: Sequence[Report]) -> list[Item]:
     compared = [subject for subject in judged if subject["fidelity"].get("kl") is not None]
     if compared:
         dense = first["perplexity"]
-        row: list[Cell | str] = ["original", words.with_error(dense["dense"], dense["dense_stderr"]), words.ABSENT]
+        row: list[Cell | str] = ["original", show.with_error(dense["dense"], dense["dense_stderr"]), words.ABSENT]
         rows.append([*row, *([show.figure(first["bits_per_byte"]["dense"])] if with_bytes else [])])
     for subject in judged:
         fidelity = subject["fidelity"]
         perplexity = fidelity["perplexity"]
-        row = [_model(subject), words.with_error(perplexity["compressed"], perplexity["compressed_stderr"])]
+        row = [_model(subject), show.with_error(perplexity["compressed"], perplexity["compressed_stderr"])]
         row.append(words.change(perplexity["increase"]) if compared else words.ABSENT)
         rows.append([*row, *([show.figure(fidelity["bits_per_byte"]["compressed"])] if with_bytes else [])])
     tables: list[Item] = [Table("Perplexity: how surprised a model is by the text", head, rows, range(1, len(head)))]
@@ -70,7 +70,7 @@ def _distances(compared: Sequence[Report]) -> Table:
     rows: list[list[Cell | str]] = []
     for subject in compared:
         kl, agreement = subject["fidelity"]["kl"], subject["fidelity"]["agreement"]
-        row: list[Cell | str] = [_model(subject), words.with_error(kl["mean"], kl["stderr"], 3)]
+        row: list[Cell | str] = [_model(subject), show.with_error(kl["mean"], kl["stderr"], 3)]
         row += [show.figure(kl[name], 3) for name in known]
         row.append(words.share(agreement["top1"], agreement["stderr"]))
         rows.append([*row, *([show.percent(agreement["top5"], 2)] if top5 else [])])
@@ -203,7 +203,7 @@ def _tasks(judged: Sequence[Report]) -> list[Item]:
             [
                 Cell(row["task"], note=row["metric"]),
                 *([_model(subject)] if several else []),
-                words.with_error(row["value"], row["stderr"]),
+                show.with_error(row["value"], row["stderr"]),
                 words.ABSENT if row["baseline"] is None else show.figure(row["baseline"]),
                 words.ABSENT if row["recovery"] is None else show.percent(row["recovery"], 1),
                 words.ABSENT if flips is None else f"{flips['lost']} / {flips['gained']}",

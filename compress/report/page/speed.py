@@ -168,8 +168,7 @@ def _table(name: str, speed: Report, *, several: bool) -> Table:
 
 
 def _settings(row: Report) -> str:
-    cache = "no cache" if row["cache"] == "off" else f"{row['cache']} cache"
-    return ", ".join([row["engine"], cache, row["attention"], *(["compiled"] if row["compiled"] else [])])
+    return f"{row['engine']}, {show.setting(row)}"
 
 
 def _machine(speed: Report) -> str:

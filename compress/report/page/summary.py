@@ -94,7 +94,7 @@ def _tiles(subject: Report) -> list[Tile]:
             means = "as large as before"
     perplexity, kl = fidelity["perplexity"], fidelity.get("kl")
     tiles = [Tile("Size", text, means, note)]
-    shown = words.with_error(perplexity["compressed"], perplexity["compressed_stderr"])
+    shown = show.with_error(perplexity["compressed"], perplexity["compressed_stderr"])
     if kl is None:
         return [*tiles, Tile("Perplexity", show.figure(perplexity["compressed"]), "without a baseline", shown)]
     agreement = fidelity["agreement"]
@@ -145,7 +145,7 @@ def _comparison(report: Report, judged: Sequence[Report]) -> list[Item]:
         if against is not None:
             row += [
                 words.change(perplexity["increase"]),
-                words.with_error(fidelity["kl"]["mean"], fidelity["kl"]["stderr"], 3),
+                show.with_error(fidelity["kl"]["mean"], fidelity["kl"]["stderr"], 3),
                 words.share(fidelity["agreement"]["top1"], fidelity["agreement"]["stderr"]),
             ]
         rows.append([*row, Cell("passed", "good") if passed else Cell("failed", "bad")])

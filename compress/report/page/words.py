@@ -13,12 +13,6 @@ def finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def with_error(value: float | None, error: float | None, digits: int = 4) -> str:
-    """'177.4 ± 20'; no error is shown where none could be measured."""
-    shown = show.figure(value, digits)
-    return f"{shown} ± {show.figure(error, 2)}" if error and finite(error) else shown
-
-
 def visible(value: object) -> object:
     """A text of the page with control codes and direction marks shown instead of obeyed; line breaks are kept."""
     if not isinstance(value, str) or isinstance(value, Markup):

@@ -71,3 +71,9 @@ def test_duration(seconds: float, shown: str) -> None:
 
 def test_count() -> None:
     assert [show.count(n) for n in (950, 5_770_752, 8_030_261_248)] == ["950", "5.77 M", "8.03 B"]
+
+
+def test_an_error_is_shown_where_there_is_one() -> None:
+    assert show.with_error(177.36, 20.0) == "177.4 ± 20"
+    assert show.with_error(177.36, 0.0) == show.with_error(177.36, None) == "177.4"
+    assert show.with_error(None, math.nan) == "not finite"

@@ -68,12 +68,6 @@ def test_ticks(value: float, said: str) -> None:
     assert number(value) == said
 
 
-def test_an_error_is_shown_where_there_is_one() -> None:
-    assert words.with_error(177.36, 20.0) == "177.4 ± 20"
-    assert words.with_error(177.36, 0.0) == words.with_error(177.36, None) == "177.4"
-    assert words.with_error(None, math.nan) == "not finite"
-
-
 def test_what_would_act_is_shown_and_what_is_markup_stays() -> None:
     assert words.visible("a\x1b\u202e\nb\u00a0%") == "a\\x1b\\u202e\nb\u00a0%"
     assert words.visible(3) == 3

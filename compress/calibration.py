@@ -65,25 +65,36 @@ def load(
     """
     if spec.nsamples is not None and spec.nsamples < 1:
         raise UsageError(f"--nsamples {spec.nsamples}: at least one window is needed")
-    if spec.seqlen is not None and not 2 <= spec.seqlen <= max_length:
-        raise UsageError(f"--seqlen {spec.seqlen}: this model takes 2 to {max_length} tokens")
-    rows = calibration_data.rows(spec.dataset, part)
-    first = next(rows, None)
-    if first is None:
-        wanted = (spec.nsamples or 1) * (spec.seqlen or min(DEFAULT_SEQLEN, max_length))
-        raise InputError(f"{spec.dataset}: no text, 0 tokens, and {wanted} are needed", "give it some text")
-    rows = chain([first], rows)
+    given, rows = opened(calibration_data.rows(spec.dataset, part), spec, max_length)
     skipped = None
-    if first.input_ids is not None:
+    if given:
         ids, skipped, source = given_windows(
             rows, spec, most or DEFAULT_WINDOWS[part], vocab_size, max_length, learning=learning
         )
     else:
         ids, source = _text_windows(rows, spec, most or DEFAULT_WINDOWS[part], tokenizer, vocab_size, max_length)
+    return Windows(ids, {**described(spec.dataset, part, ids, tokenizer), **source}, skipped)
+
+
+def opened(rows: Iterator[Row], spec: TextSpec, max_length: int) -> tuple[bool, Iterator[Row]]:
+    """Whether the first row is one of ids, and all rows. Raises UsageError for a length there cannot be, InputError for
+    a data set without any text.
+    """
+    if spec.seqlen is not None and not 2 <= spec.seqlen <= max_length:
+        raise UsageError(f"--seqlen {spec.seqlen}: this model takes 2 to {max_length} tokens")
+    first = next(rows, None)
+    if first is None:
+        wanted = (spec.nsamples or 1) * (spec.seqlen or min(DEFAULT_SEQLEN, max_length))
+        raise InputError(f"{spec.dataset}: no text, 0 tokens, and {wanted} are needed", "give it some text")
+    return first.input_ids is not None, chain([first], rows)
+
+
+def described(dataset: str, part: str, ids: "NDArray[np.int64]", tokenizer: Any) -> dict[str, Any]:
+    """What the report's source says of windows wherever they are from."""
     text = tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)
     first_line = next((line for line in text.splitlines() if line.strip()), "")[:FIRST_LINE]
     shape = {"windows": ids.shape[0], "seqlen": ids.shape[1]}
-    return Windows(ids, {"dataset": spec.dataset, "part": part, **source, **shape, "first_line": first_line}, skipped)
+    return {"dataset": dataset, "part": part, **shape, "first_line": first_line}
 
 
 def overlap(calibration: Windows, evaluation: Windows) -> float:
@@ -245,11 +256,15 @@ def _texts(rows: Iterable[Row], template_of: Any, dataset: str) -> Iterator[str]
         dialogues = dialogues or bool(spoken)
         rendered = iter(chat.render(spoken, template_of) if template_of and spoken else map(paragraphs, spoken))
         for row in batch:
-            if row.input_ids is not None:
-                raise InputError(f"{row.place}: input_ids after rows of text", "put them into separate files")
+            require_text(row)
             yield next(rendered) if row.text is None else row.text
     if template_of and not dialogues:
         raise InputError(f"{dataset}: no row has roles for the chat template", "leave out --chat-template")
+
+
+def require_text(row: Row) -> None:
+    if row.input_ids is not None:
+        raise InputError(f"{row.place}: input_ids after rows of text", "put them into separate files")
 
 
 def paragraphs(row: Row) -> str:

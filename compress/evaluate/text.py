@@ -10,15 +10,13 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpare import calibration_data
 from llmpare.calibration_data import Row
 from llmpare.compress import calibration
-from llmpare.compress.calibration import DEFAULT_SEQLEN, ENOUGH_TEXT, FIRST_LINE
-from llmpare.compress.errors import InputError, UsageError
+from llmpare.compress.calibration import DEFAULT_SEQLEN, ENOUGH_TEXT
 from llmpare.compress.evaluate.request import TextRequest
 from llmpare.compress.request import TextSpec
 
@@ -49,31 +47,16 @@ def read(request: TextRequest, tokenizer: Any, *, vocab_size: int, max_length: i
 
     Raises UsageError for a data set or a length there cannot be, InputError for text that is unusable or too short.
     """
-    if request.seqlen is not None and not 2 <= request.seqlen <= max_length:
-        raise UsageError(f"--seqlen {request.seqlen}: this model takes 2 to {max_length} tokens")
-    name = ", ".join(request.datasets)
-    seqlen = request.seqlen or min(DEFAULT_SEQLEN, max_length)
-    rows = _rows(request.datasets)
-    first = next(rows, None)
-    if first is None:
-        wanted = (request.nsamples or 1) * seqlen
-        raise InputError(f"{name}: no text, 0 tokens, and {wanted} are needed", "give it some text")
-    rows = chain([first], rows)
-    if first.input_ids is None:
-        text = _from_text(rows, request, seqlen, tokenizer, vocab_size, name)
-    else:
-        spec = TextSpec(name, request.nsamples, request.seqlen)
+    spec = TextSpec(", ".join(request.datasets), request.nsamples, request.seqlen)
+    given, rows = calibration.opened(_rows(request.datasets), spec, max_length)
+    if given:
         ids, _, source = calibration.given_windows(rows, spec, ALL, vocab_size, max_length)
         text = _from_ids(ids, source, tokenizer)
-    shown = tokenizer.decode(text.ids[0].tolist(), skip_special_tokens=True)
-    first_line = next((line for line in shown.splitlines() if line.strip()), "")[:FIRST_LINE]
+    else:
+        text = _from_text(rows, request, spec.seqlen or min(DEFAULT_SEQLEN, max_length), tokenizer, vocab_size)
     text.source.update(
-        dataset=name,
-        part="evaluation",
-        windows=text.ids.shape[0],
-        seqlen=text.ids.shape[1],
-        short=text.ids.shape[0] < (request.nsamples or 1),
-        first_line=first_line,
+        calibration.described(spec.dataset, "evaluation", text.ids, tokenizer),
+        short=len(text.ids) < (request.nsamples or 1),
         ids_sha256=hashlib.sha256(text.ids.astype("<i8").tobytes()).hexdigest(),
     )
     return text
@@ -93,12 +76,10 @@ def _from_ids(ids: "NDArray[np.int64]", source: dict[str, Any], tokenizer: Any) 
     return Text(ids, np.zeros(ids.shape, dtype=np.int16), ("",), _decoded_bytes(ids, tokenizer), source)
 
 
-def _from_text(
-    rows: Iterator[Row], request: TextRequest, seqlen: int, tokenizer: Any, vocab_size: int, name: str
-) -> Text:
+def _from_text(rows: Iterator[Row], request: TextRequest, seqlen: int, tokenizer: Any, vocab_size: int) -> Text:
     import numpy as np
 
-    nsamples = request.nsamples
+    name, nsamples = ", ".join(request.datasets), request.nsamples
     bounded = nsamples is not None or not all(map(os.path.isfile, request.datasets))
     bos = tokenizer.bos_token_id
     front = [] if bos is None else [bos]
@@ -140,8 +121,7 @@ def _from_text(
 
 
 def _content(row: Row) -> str:
-    if row.input_ids is not None:
-        raise InputError(f"{row.place}: input_ids after rows of text", "put them into separate files")
+    calibration.require_text(row)
     return calibration.paragraphs(row) if row.text is None else row.text
 
 

@@ -152,21 +152,8 @@ def _worst(places: Sequence[Section], of: str) -> list[str]:
 def _tasks(tasks: Section | None, of: str) -> list[str]:
     if tasks is None:
         return []
-    rows = []
-    for row in tasks["rows"]:
-        flips = row["flips"]
-        rows.append(
-            (
-                code(row["task"]),
-                plain(row["metric"]),
-                show.with_error(row["value"], row["stderr"]),
-                "" if row["baseline"] is None else show.figure(row["baseline"]),
-                "" if row["recovery"] is None else show.percent(row["recovery"], 2),
-                "" if flips is None else f"{flips['lost']} lost, {flips['gained']} gained",
-                "" if flips is None else show.figure(flips["p_value"], 2),
-            )
-        )
-    head = ("task", "metric", "score", "baseline", "recovery", "answers", "p")
+    rows = [(code(row["task"]), plain(row["metric"]), *show.scored(row)) for row in tasks["rows"]]
+    head = ("task", "metric", *show.SCORED)
     return [f"## Tasks{of}", "", *table(head, rows, right="23456")]
 
 

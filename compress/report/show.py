@@ -63,6 +63,23 @@ def setting(row: Mapping[str, Any]) -> str:
     return ", ".join([cache, *["compiled"] * row["compiled"], f"{row['attention']} attention"])
 
 
+SCORED = ("score", "original", "recovery", "lost / gained", "p")
+
+
+def scored(row: Mapping[str, Any], absent: str = "") -> list[str]:
+    """A row of the report's tasks in the cells of SCORED: a score beside that of the original, the answers that it lost
+    and gained, and how likely such a change is by chance. absent: for what there is not.
+    """
+    flips = row["flips"]
+    return [
+        with_error(row["value"], row["stderr"]),
+        absent if row["baseline"] is None else figure(row["baseline"]),
+        absent if row["recovery"] is None else percent(row["recovery"], 2),
+        absent if flips is None else f"{flips['lost']} / {flips['gained']}",
+        absent if flips is None else figure(flips["p_value"], 2),
+    ]
+
+
 def duration(seconds: float) -> str:
     """'4.2 s', '3 min 20 s', '2 h 5 min'."""
     if seconds < 60:

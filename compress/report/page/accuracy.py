@@ -198,21 +198,11 @@ def _tasks(judged: Sequence[Report]) -> list[Item]:
     rows: list[list[Cell | str]] = []
     scored = [(subject, row) for subject in judged for row in (subject["tasks"] or {}).get("rows", [])]
     for subject, row in sorted(scored, key=lambda pair: (pair[1]["task"], pair[1]["metric"])) if several else scored:
-        flips = row.get("flips")
-        rows.append(
-            [
-                Cell(row["task"], note=row["metric"]),
-                *([_model(subject)] if several else []),
-                show.with_error(row["value"], row["stderr"]),
-                words.ABSENT if row["baseline"] is None else show.figure(row["baseline"]),
-                words.ABSENT if row["recovery"] is None else show.percent(row["recovery"], 1),
-                words.ABSENT if flips is None else f"{flips['lost']} / {flips['gained']}",
-                words.ABSENT if flips is None else show.figure(flips["p_value"], 2),
-            ]
-        )
+        model = [_model(subject)] if several else []
+        rows.append([Cell(row["task"], note=row["metric"]), *model, *show.scored(row, words.ABSENT)])
     if not rows:
         return []
-    head = ["task", *(["model"] if several else []), "score", "original", "recovery", "lost / gained", "p"]
+    head = ["task", *(["model"] if several else []), *show.SCORED]
     caption = "Lost: answers that were right and are wrong now. p: how likely such a change is by chance"
     return [Table(caption, head, rows, range(2 if several else 1, len(head)))]
 

@@ -64,7 +64,8 @@ def name(device: torch.device) -> str:
     """What the report calls the device; of a CPU with the number of threads, which its speed depends on as much."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{hardware.processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{hardware.processor()}, {threads} thread{'s' * (threads != 1)}"
 
 
 def fitting(

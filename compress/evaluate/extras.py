@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmpare.compress import memory
+from llmpare.compress.clock import Clock
 from llmpare.compress.errors import LlmpareError
 from llmpare.compress.evaluate.models import Subject
 from llmpare.compress.evaluate.request import EvaluateRequest, SpeedRequest
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _Found = TypeVar("_Found")
 
 
-def prepare(request: EvaluateRequest, models: Sequence[Path]) -> "Mapping[str, TaskDict]":
+def prepare(request: EvaluateRequest, models: Sequence[Path], clock: Clock) -> "Mapping[str, TaskDict]":
     """The tasks that are asked for, with their documents.
 
     Raises UsageError or InputError for tasks and engines that there are not, or that cannot be used.
@@ -35,7 +36,8 @@ def prepare(request: EvaluateRequest, models: Sequence[Path]) -> "Mapping[str, T
         return {}
     from llmpare.compress.evaluate import tasks
 
-    return tasks.prepare(request.tasks)
+    with clock.phase("tasks"):
+        return tasks.prepare(request.tasks)
 
 
 def _arguments(asked: SpeedRequest) -> dict[str, Any]:

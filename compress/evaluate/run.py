@@ -25,6 +25,7 @@ from llmpare.compress.evaluate.models import Subject, digest, locate_baseline, o
 from llmpare.compress.evaluate.request import EvaluateRequest
 from llmpare.compress.evaluate.sections import Job
 from llmpare.compress.evaluate.stream import Reader, Setup, read
+from llmpare.compress.evaluate.text import Text
 from llmpare.compress.formats.decoded import open_dense
 from llmpare.compress.progress import Progress
 from llmpare.compress.report import against, gates
@@ -71,18 +72,8 @@ def _prepare(request: EvaluateRequest, device: torch.device, clock: Clock, progr
     if first is None:
         raise InputError(f"{subjects[0].source.folder}: no tokenizer in the model folder, expected tokenizer.json")
     warnings = _same_tokens(first, subjects)
-    least = min(subject.vocabulary for subject in subjects)
-    longest = min(subject.longest for subject in subjects)
     with clock.phase("text"):
-        watched = text.read(request.text, first.tokenizer, vocab_size=least, max_length=longest)
-    if saved is not None:
-        saved.require(watched.source["ids_sha256"])
-        _same_model(saved)
-        if saved.identity.vocabulary > least:
-            raise InputError(
-                f"{saved.folder} was saved for a vocabulary of {saved.identity.vocabulary}, a model has {least}",
-                "give the original model as --baseline: vocabularies can then be cut to what they share",
-            )
+        watched = _text(request, subjects, first.tokenizer, saved)
     if request.text.nsamples is None and not watched.source["whole"]:
         measured = f"{watched.ids.size:,} tokens of {watched.source['dataset']}"
         warnings.append(f"only the first {measured} are measured; --nsamples says how many")
@@ -95,8 +86,7 @@ def _prepare(request: EvaluateRequest, device: torch.device, clock: Clock, progr
         estimate.require_whole(subjects, dtype=dtype, room=room, limit=request.max_memory)
     batch = min(windows_at_once(subject.source, seqlen, device.type) for subject in subjects)
     setup = Setup(DTYPES[dtype], device, batch, request.trust_remote_code, clock, progress)
-    with clock.phase("tasks"):
-        tasks = extras.prepare(request, [subject.source.folder for subject in subjects])
+    tasks = extras.prepare(request, [subject.source.folder for subject in subjects], clock)
     job = Job(request, baseline, saved, candidates, watched, first.tokenizer, dtype, setup, tasks, previous, warnings)
     if previous is not None:
         with clock.phase("read"):
@@ -130,6 +120,22 @@ def _same_tokens(first: Subject, subjects: list[Subject]) -> list[str]:
     if len(sizes) > 1:
         warnings.append(f"vocabularies of {sizes[-1]:,} and {sizes[0]:,} tokens: compared on those that both have")
     return warnings
+
+
+def _text(request: EvaluateRequest, subjects: list[Subject], tokenizer: Any, saved: Saved | None) -> Text:
+    """The text to measure on. Raises InputError if predictions were saved for another, or of another model."""
+    least = min(subject.vocabulary for subject in subjects)
+    longest = min(subject.longest for subject in subjects)
+    watched = text.read(request.text, tokenizer, vocab_size=least, max_length=longest)
+    if saved is not None:
+        saved.require(watched.source["ids_sha256"])
+        _same_model(saved)
+        if saved.identity.vocabulary > least:
+            raise InputError(
+                f"{saved.folder} was saved for a vocabulary of {saved.identity.vocabulary}, a model has {least}",
+                "give the original model as --baseline: vocabularies can then be cut to what they share",
+            )
+    return watched
 
 
 def _same_model(saved: Saved) -> None:

@@ -79,9 +79,19 @@ def measure(
             else:
                 skipped.append({"engine": name, "what": case.label if case else "loading", "why": event["why"]})
     if not found:
-        reasons = "; ".join(f"{each['engine']}, {each['what']}: {each['why']}" for each in skipped)
-        raise InputError(f"no speed could be measured: {reasons}", "leave out --speed, or choose --engines")
+        raise InputError(f"no speed could be measured: {_reasons(skipped)}", "leave out --speed, or choose --engines")
     return {"rows": found, "machine": roof, "skipped": skipped}
+
+
+def _reasons(skipped: Sequence[dict[str, str]]) -> str:
+    """Why each was not measured, once for all that share the reason."""
+    shared: dict[tuple[str, str], list[str]] = {}
+    for each in skipped:
+        shared.setdefault((each["engine"], each["why"]), []).append(each["what"])
+    return "; ".join(
+        f"{engine}, {what}{f' and {len(more)} more' if more else ''}: {why}"
+        for (engine, why), (what, *more) in shared.items()
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -58,6 +58,7 @@ class Skeleton:
                 buffer.data = buffer.data.to(device)
         self._tied = False
         self._check_linears(layout)
+        self._check_blocks()
         self._narrow = self._kept_narrow(layout) if dtype == torch.float32 and device.type == "cpu" else set()
 
     def place(self, tensors: Mapping[str, Tensor]) -> None:
@@ -131,8 +132,7 @@ class Skeleton:
         self.model.tie_weights(missing_keys=absent, recompute_mapping=False)  # as loaders do: not if both differ
         inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         missing = [n for n, p in self.model.named_parameters() if p.is_meta and id(p) not in inside]
-        if missing:
-            raise InputError(f"the checkpoint lacks {', '.join(missing[:5])}", "download it again")
+        _refuse_missing(missing)
 
     def unload(self, index: int) -> None:
         """Frees the block's weights. Buffers stay: some are made when the model is built and are not in any file."""
@@ -228,6 +228,13 @@ class Skeleton:
         large = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         return {id(module) for module in (*plain, *large) if isinstance(module, nn.Embedding | nn.Linear)}
 
+    def _check_blocks(self) -> None:
+        """Every parameter of a block must be in the file, or run with whatever lies in memory."""
+        filled = {*self.names.values(), *(slot.parameter for slot in self.slots.values())}
+        known = {id(p) for n, p in self.model.named_parameters(remove_duplicate=False) if n in filled}  # by any name
+        inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
+        _refuse_missing([n for n, p in self.model.named_parameters() if id(p) in inside - known])
+
     def _check_linears(self, layout: Layout) -> None:
         """What the headers look like must be what the model is; a wrong guess must not reach the maths."""
         for linear in layout.linears:
@@ -263,6 +270,11 @@ def _unload(module: nn.Module, name: str) -> None:
     parameter = module._parameters[name]
     if parameter is not None:
         module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def _refuse_missing(names: Sequence[str]) -> None:
+    if names:
+        raise InputError(f"the checkpoint lacks {', '.join(names[:5])}", "download it again")
 
 
 def _unsupported(architecture: str, why: str) -> UnsupportedError:

@@ -207,12 +207,21 @@ def test_a_config_of_another_family(tmp_path: Path) -> None:
     assert refusal(tmp_path).startswith("architecture OPTForCausalLM is not supported: no module claims model.layers.0")
 
 
-def test_a_missing_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "model.norm.weight",
+        "model.layers.0.self_attn.v_proj.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.input_layernorm.weight",
+    ],
+)
+def test_a_missing_tensor(missing: str, tmp_path: Path) -> None:
     model = write(tmp_path, "llama")
     weights = load_file(model / "model.safetensors")
-    del weights["model.norm.weight"]
+    del weights[missing]
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    assert "the checkpoint lacks model.norm.weight" in refusal(model)
+    assert f"the checkpoint lacks {missing} | download it again" in refusal(model)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

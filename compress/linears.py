@@ -1,6 +1,7 @@
 """The linears of a block on their way through a treatment: what flows into them, their weights out and in."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -57,24 +58,37 @@ class Linears:
     def _found(
         self, index: int, linears: Mapping[str, Linear], calibration: Stream | None, dense: Stream | None, drift: bool
     ) -> Iterator[Sequence[tuple[list[str], Statistics | None]]]:
-        if not linears and self._plan.sequential and calibration is not None:
-            calibration.advance(self._model.replay, index)  # what comes later sees what this block makes of the text
+        if not linears:  # what comes later sees what this block makes of the text all the same
+            for stream in (calibration if self._plan.sequential else None, dense):
+                if stream is not None:
+                    stream.advance(self._model.replay, index)
             return iter(())
-        if calibration is None or not linears:
+        if calibration is None:
             return iter([[([name], None)] for name in linears])
-        skeleton = self._model.skeleton
-        modules = {name: skeleton.module(name) for name, linear in linears.items() if linear.expert is None}
-        inputs = collect.Inputs(modules, skeleton.mixtures(list(linears.values())), self._plan.request.route_all)
+        inputs = self._inputs(linears.values())
         if self._plan.sequential:
             way = self._plan.needs.way
             return collect.sequential(self._model.replay, index, inputs, calibration, together=way.together)
         return collect.parallel(self._model.replay, index, inputs, calibration, dense, with_drift=drift)
+
+    def _inputs(self, linears: Iterable[Linear]) -> collect.Inputs:
+        skeleton, wanted = self._model.skeleton, list(linears)
+        modules = {linear.name: skeleton.module(linear.name) for linear in wanted if linear.expert is None}
+        return collect.Inputs(modules, skeleton.mixtures(wanted), self._plan.request.route_all)
 
     def advance(self, index: int, calibration: Stream | None) -> None:
         """Takes the calibration stream past the treated block, unless `groups` has, or nobody looks at it again."""
         if calibration is not None and not self._plan.sequential and index + 1 < len(self._plan.layout.blocks):
             with self._clock.phase("advance"):
                 calibration.advance(self._model.replay, index)
+
+    def follow(self, index: int, linears: Iterable[Linear], calibration: Stream) -> None:
+        """Takes the calibration stream past a block that is restored, to where treating its linears took it.
+
+        If that was on the way through `groups`, experts ran in a loop that sums in an order of its own.
+        """
+        with self._inputs(linears).opened() if self._plan.sequential else nullcontext():
+            calibration.advance(self._model.replay, index)
 
     def weight(self, linear: Linear, source: Mapping[str, Tensor]) -> Tensor:
         """The original weight [rows, columns] in float32; NaN and infinities, if allowed at all, count as 0."""

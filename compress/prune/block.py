@@ -44,7 +44,7 @@ class MaskBlocks:
     wants_dense = False
 
     def __init__(self, plan: MaskPlan, models: Models, clock: Clock) -> None:
-        self._plan, self._model, self._clock = plan, models.output, clock
+        self._plan, self._clock = plan, clock
         self._linears = Linears(plan, models.output, clock)
         method, options = prune.find(plan.request.method), dict(plan.request.options)
         module, _, function = method.solver.partition(":")
@@ -61,7 +61,7 @@ class MaskBlocks:
         self, index: int, source: Mapping[str, Tensor], calibration: Stream | None, dense: Stream | None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Leaves block `index`, which is loaded with its original weights, pruned: see engine.Treatment."""
-        wanted = [linear for linear in self._plan.compressed if linear.block == index]
+        wanted = self._wanted(index)
         made: dict[Linear, _Made] = {}
         tally = Tally()
         for groups in self._linears.groups(index, wanted, calibration):
@@ -85,7 +85,10 @@ class MaskBlocks:
 
     def follow(self, index: int, facts: Mapping[str, Any], stored: Mapping[str, Tensor], calibration: Stream) -> None:
         """See engine.Treatment."""
-        calibration.advance(self._model.replay, index)
+        self._linears.follow(index, self._wanted(index), calibration)
+
+    def _wanted(self, index: int) -> list[Linear]:
+        return [linear for linear in self._plan.compressed if linear.block == index]
 
     def _solve(
         self, stack: Sequence[Linear], source: Mapping[str, Tensor], statistics: Statistics | None

@@ -55,7 +55,7 @@ class QuantizeBlocks:
         `wants_dense`. Both are advanced past the block, as far as there is one after it. Returns the tensors that
         replace the linears' weights, and facts for the report.
         """
-        linears = {n.name: n for n in self._plan.layout.of_block(index) if self._plan.schemes[n] is not None}
+        linears = {linear.name: linear for linear in self._wanted(index)}
         solved: dict[str, Solved] = {}
         errors: dict[str, float | None] = {}
         notes: dict[str, list[dict[str, str]]] = {}
@@ -79,7 +79,7 @@ class QuantizeBlocks:
                         source.pop(linear.weight, None)  # not there if experts share a tensor
             del groups, group, statistics
         gains: dict[str, Tensor] = {}
-        if self._tuner is not None and calibration is not None and dense is not None:
+        if self._tuner is not None and linears and calibration is not None and dense is not None:
             with self._clock.phase("tune"):
                 gains = self._tune(index, linears, source, solved, calibration, dense)
             for name, linear in linears.items():
@@ -98,7 +98,10 @@ class QuantizeBlocks:
 
     def follow(self, index: int, facts: Mapping[str, Any], stored: Mapping[str, Tensor], calibration: Stream) -> None:
         """See engine.Treatment."""
-        calibration.advance(self._model.replay, index)
+        self._linears.follow(index, self._wanted(index), calibration)
+
+    def _wanted(self, index: int) -> list[Linear]:
+        return [linear for linear in self._plan.layout.of_block(index) if self._plan.schemes[linear] is not None]
 
     def _alike(self, groups: Sequence[tuple[Sequence[Linear], Statistics | None]]) -> list[list[_Stack]]:
         """Stacks of linears that share input, scheme and grid, each solved as one; those of one shape together."""

@@ -148,7 +148,8 @@ def test_a_run_that_was_cut_short_goes_on(models: dict[str, Path]) -> None:
         def block(self, index: int, total: int, facts: Any) -> None:
             raise Stop
 
-    for family, form in (("qwen3_moe", "compressed-tensors"), ("gpt_oss", "dense")):
+    forms = {"qwen3_moe": "compressed-tensors", "mixtral": "compressed-tensors", "gpt_oss": "dense"}
+    for family, form in forms.items():
         whole = asked(models[family], form)
         whole = replace(whole, out=whole.out.with_name(f"whole-{form}"))
         run_quantize(whole, Silent())

@@ -76,6 +76,11 @@ def load(
     return Windows(ids, {**described(spec.dataset, part, ids, tokenizer), **source}, skipped)
 
 
+def ids_sha256(ids: "NDArray[np.int64]") -> str:
+    """The sha256 of ids as little-endian int64: of the same text, another tokenizer makes others."""
+    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+
+
 def opened(rows: Iterator[Row], spec: TextSpec, max_length: int) -> tuple[bool, Iterator[Row]]:
     """Whether the first row is one of ids, and all rows. Raises UsageError for a length there cannot be, InputError for
     a data set without any text.

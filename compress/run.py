@@ -274,11 +274,12 @@ def _spec(plan: Plan, source: Checkpoint, texts: Texts) -> dict[str, Any]:
     return {
         "request": settled,
         "sequential": plan.sequential,
-        "source": {"config_sha256": config_digest(source), "headers_sha256": layout},
-        "text": {
-            "calibration_sha256": texts.calibration.source["sha256"] if texts.calibration else None,
-            "evaluation_sha256": texts.evaluation.source["sha256"],
+        "source": {
+            "config_sha256": config_digest(source),
+            "headers_sha256": layout,
+            "files_sha256": source.file_digests(),
         },
+        "text": texts.spec(),
     }
 
 

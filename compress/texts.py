@@ -20,6 +20,15 @@ class Texts:
     evaluation: Windows
     overlap: float
 
+    def spec(self) -> dict[str, Any]:
+        """What decides the bytes of an output, as far as these texts do."""
+        found: dict[str, Any] = {"calibration_sha256": None, "calibration_ids_sha256": None}
+        for part, windows in ("calibration", self.calibration), ("evaluation", self.evaluation):
+            if windows is not None:
+                ids = calibration.ids_sha256(windows.ids)
+                found |= {f"{part}_sha256": windows.source["sha256"], f"{part}_ids_sha256": ids}
+        return found
+
     def warnings(self) -> list[str]:
         """What makes the figures of a run with these texts less than they seem."""
         found = []

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from llmpare.compress.checkpoint.files import Closing, open_regular, read_at, read_json, reading, sha256_at, shown
+from llmpare.compress.checkpoint.files import (
+    Closing,
+    open_regular,
+    read_at,
+    read_json,
+    reading,
+    sha256_at,
+    sha256_file,
+    shown,
+)
 from llmpare.compress.checkpoint.header import TensorInfo, is_unicode, read_header
 from llmpare.compress.errors import InputError, UsageError
 
@@ -95,6 +104,10 @@ class Checkpoint(Closing):
             checkpoint = cls(folder, config, shards, tensors)
             on_failure.pop_all()
         return checkpoint
+
+    def file_digests(self) -> dict[str, str]:
+        """The sha256 of every file to carry over, by name."""
+        return {name: sha256_file(self.folder / name) for name in self.files}
 
     def read(self, name: str) -> bytearray | memoryview:
         """The bytes of one tensor, in memory of their own; safe in any thread.

@@ -69,21 +69,21 @@ def spec(plan: DistillPlan, teacher: DenseSource, texts: Texts) -> dict[str, Any
     if request.teacher_absent:
         assert request.cache_teacher is not None
         kept = asdict(read_identity(request.cache_teacher))
-    assert texts.calibration is not None
     return {
         "request": request.spec(),
         "cache": kept,
         "teacher": _identity(teacher),
         "student": student,
         "training": {"steps": plan.pace.steps, "windows_per_step": plan.pace.windows},
-        "text": {
-            "calibration_sha256": texts.calibration.source["sha256"],
-            "evaluation_sha256": texts.evaluation.source["sha256"],
-        },
+        "text": texts.spec(),
     }
 
 
-def _identity(source: DenseSource) -> dict[str, str]:
+def _identity(source: DenseSource) -> dict[str, Any]:
     config = bytes(read_file(source.folder / CONFIG, limit=MAX_CONFIG))
     headers = repr(list(source.checkpoint.tensors.values())).encode()
-    return {"config_sha256": hashlib.sha256(config).hexdigest(), "headers_sha256": hashlib.sha256(headers).hexdigest()}
+    return {
+        "config_sha256": hashlib.sha256(config).hexdigest(),
+        "headers_sha256": hashlib.sha256(headers).hexdigest(),
+        "files_sha256": source.checkpoint.file_digests(),
+    }

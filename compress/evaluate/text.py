@@ -57,7 +57,7 @@ def read(request: TextRequest, tokenizer: Any, *, vocab_size: int, max_length: i
     text.source.update(
         calibration.described(spec.dataset, "evaluation", text.ids, tokenizer),
         short=len(text.ids) < (request.nsamples or 1),
-        ids_sha256=hashlib.sha256(text.ids.astype("<i8").tobytes()).hexdigest(),
+        ids_sha256=calibration.ids_sha256(text.ids),
     )
     return text
 

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -104,6 +105,18 @@ def test_34_finished_with_other_settings(llmpare: Llmpare, model: Path, out: Pat
         "--force",
     )
     assert tiny.contents(out) == before
+
+
+def test_34_finished_with_other_files_beside_the_weights(
+    llmpare: Llmpare, broken: Path, out: Path, text: tiny.Text
+) -> None:
+    """They were carried over, so what is there is not what the command would make now."""
+    assert llmpare(tiny.quantize(broken, out, text)).code == 0
+    (broken / "generation_config.json").write_text('{"temperature": 0.5}')
+    command = tiny.quantize(broken, out, text)
+    refused(llmpare, command, 5, "other settings: source.files_sha256.generation_config.json: ", "--force")
+    assert llmpare([*command, "--force"]).code == 0
+    assert json.loads((out / "generation_config.json").read_bytes()) == {"temperature": 0.5}
 
 
 @pytest.mark.parametrize("where", [".", "inside", "inside/deeper", "..", "../beside/.."])

@@ -1,6 +1,7 @@
 """Rows 30, 31 and 38 to 40: stopped by a signal, and taken up again."""
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -80,7 +81,9 @@ def test_30_31_signals_at_any_time(
     assert point > 100
 
 
-@pytest.mark.parametrize("what", ["config", "headers", "weights", "scheme", "text", "other text", "version"])
+@pytest.mark.parametrize(
+    "what", ["config", "tokenizer", "headers", "weights", "scheme", "text", "other text", "version"]
+)
 def test_38_resumed_with_something_else(
     llmpare: Llmpare,
     stop_after: StopAfter,
@@ -96,6 +99,10 @@ def test_38_resumed_with_something_else(
     if what == "config":
         edit_json(broken / "config.json", rms_norm_eps=1e-5)
         said = ["source.config_sha256: "]
+    elif what == "tokenizer":
+        known = json.loads((broken / "tokenizer.json").read_bytes())["model"]
+        edit_json(broken / "tokenizer.json", model={**known, "merges": known["merges"][::2]})
+        said = ["source.files_sha256.tokenizer.json: ", "text.calibration_ids_sha256: "]
     elif what == "headers":
         weights = load_file(broken / "model.safetensors")
         save_file({**weights, "extra.weight": torch.ones(1)}, broken / "model.safetensors", metadata={"format": "pt"})

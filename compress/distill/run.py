@@ -36,7 +36,7 @@ from llmpare.compress.texts import Texts
 from llmpare.compress.version import VERSION
 
 CHECKPOINTS = "training"  # the folder of Trainer's checkpoints in the unfinished output
-STUDENT, CHECKPOINT, TRAINED = "student", "checkpoint", "trained"  # units of the journal
+STUDENT, CHECKPOINT, TRAINED, MEASURED = "student", "checkpoint", "trained", "measured"  # units of the journal
 
 
 @dataclass(frozen=True)
@@ -104,46 +104,60 @@ def _produce(job: Job, spec: dict[str, Any], workspace: publish.Workspace) -> di
     """Fills the workspace and returns its manifest."""
     versions = {"llmpare": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
     with Journal(workspace.journal, {**spec, "versions": versions, "device": job.processes.device.type}) as journal:
-        place = _student(job, journal)
-        if TRAINED in journal.done:
+        if MEASURED in journal.done:
             job.processes.told({"folder": None, "resume": None})
         else:
-            if job.plan.request.student_scheme is not None:
-                job.progress.phase("quantizing the student")
-                with job.clock.phase("quantize"):
-                    run_quantize(rounding.quantize_request(job.plan.request, place), job.progress)
-            ids = torch.from_numpy(_learned(job).ids)
-            setup.cache_teacher(job.plan, ids, job.processes.device, job.clock, job.progress)
-            last = journal.done.get(CHECKPOINT)
-            order = {"folder": str(place), "resume": last["name"] if last else None}
-            _learn(job, journal, **job.processes.told(order))
-        trained = journal.done[TRAINED]
-        shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
-        with open_dense(place) as student:
-            request, processes = job.plan.request, job.processes
-            found = measure.measure(
-                job.teacher, student, job.folder,
-                None if request.student_scheme is None else rounding.folder(request.out),
-                job.texts, request.dtype, processes.device,
-                request.trust_remote_code, job.clock, job.progress,
-            )  # fmt: skip
-            exits = measure.early_exits(job.plan, job.folder, job.texts, processes.device, job.clock, job.progress)
-            if exits:
-                output.set_generation(job.folder, exits[0]["generation_config"])
-            report = reporting.describe(
-                job.plan, job.teacher, student, job.folder, job.texts, trained, found, exits, processes, job.clock
-            )
-        files.write(job.folder, report)
-        for made in (carved_folder(request.out), rounding.folder(request.out)):
+            report = _measure(job, _train(job, journal), journal.done[TRAINED])
+            files.write(job.folder, report)
+            journal.append(MEASURED, {"weights_sha256": report["source"]["weights_sha256"]})
+        for made in (carved_folder(job.plan.request.out), rounding.folder(job.plan.request.out)):
             shutil.rmtree(made, ignore_errors=True)
+        done = journal.done
     return publish.build_manifest(
         job.folder,
         spec=spec,
-        source={"weights_sha256": report["source"]["weights_sha256"]},
+        source=done[MEASURED],
         versions=versions,
-        tensors=trained["digests"],
+        tensors=done[TRAINED]["digests"],
         unhashed=files.REPORTS,
     )
+
+
+def _train(job: Job, journal: Journal) -> Path:
+    """Trains the student, or what is left of that. Returns the folder of the student as it was before."""
+    place = _student(job, journal)
+    if TRAINED in journal.done:
+        job.processes.told({"folder": None, "resume": None})
+    else:
+        if job.plan.request.student_scheme is not None:
+            job.progress.phase("quantizing the student")
+            with job.clock.phase("quantize"):
+                run_quantize(rounding.quantize_request(job.plan.request, place), job.progress)
+        ids = torch.from_numpy(_learned(job).ids)
+        setup.cache_teacher(job.plan, ids, job.processes.device, job.clock, job.progress)
+        last = journal.done.get(CHECKPOINT)
+        order = {"folder": str(place), "resume": last["name"] if last else None}
+        _learn(job, journal, **job.processes.told(order))
+    shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
+    return place
+
+
+def _measure(job: Job, place: Path, trained: dict[str, Any]) -> dict[str, Any]:
+    """The report on the trained student. place: of the student as it was before. trained: what the journal says."""
+    request, processes = job.plan.request, job.processes
+    with open_dense(place) as student:
+        found = measure.measure(
+            job.teacher, student, job.folder,
+            None if request.student_scheme is None else rounding.folder(request.out),
+            job.texts, request.dtype, processes.device,
+            request.trust_remote_code, job.clock, job.progress,
+        )  # fmt: skip
+        exits = measure.early_exits(job.plan, job.folder, job.texts, processes.device, job.clock, job.progress)
+        if exits:
+            output.set_generation(job.folder, exits[0]["generation_config"])
+        return reporting.describe(
+            job.plan, job.teacher, student, job.folder, job.texts, trained, found, exits, processes, job.clock
+        )
 
 
 def _student(job: Job, journal: Journal) -> Path:

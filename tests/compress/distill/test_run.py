@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from llmpare.cli.exits import main
 from llmpare.cli.progress import Watcher
+from llmpare.compress.checkpoint import publish
 from llmpare.compress.report import schema
 
 
@@ -183,6 +184,28 @@ def test_a_student_is_carved_or_made_anew(place: Place, tmp_path: Path, capsys: 
         "lm_head.weight"
     }
     assert tiny.names(new) == sorted([*tiny.names(carved)])
+
+
+def test_a_run_that_ends_after_its_report_goes_on(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student that was carved for it is gone by then."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(place.command(whole, "--student-ffn", "0.5")) == 0
+    command, build = place.command(out, "--student-ffn", "0.5"), publish.build_manifest
+
+    def stopped(folder: Path, **rest: Any) -> dict[str, Any]:
+        if folder.name == "out.partial":  # not that of the carving
+            signal.raise_signal(signal.SIGINT)
+        return build(folder, **rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(publish, "build_manifest", stopped)
+        assert main(command) == 130
+    assert not (tmp_path / "out.partial" / "student").exists()
+    assert main(command) == 0
+    assert weights(out) == weights(whole)
+    assert tiny.names(out) == tiny.names(whole)
 
 
 def test_adapters_alone_are_trained_and_merged(place: Place, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ class LiveTeacher:
         """As Forward.hidden. What was read last is kept, for whoever asks for the same batch next."""
         last = self._last
         if last is None or last[0] is not batch.ids or (layers and last[2] is None):
-            self._last = last = (batch.ids, *self.forward.hidden(batch.ids, layers=layers))
+            with torch.autocast(batch.ids.device.type, enabled=False):  # the student's precision is not its own
+                self._last = last = (batch.ids, *self.forward.hidden(batch.ids, layers=layers))
         return last[1], last[2]
 
     def loss(self, batch: Batch, student_hidden: Tensor, head: Head, objective: Objective) -> Tensor:

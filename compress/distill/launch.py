@@ -1,11 +1,15 @@
 """The processes of a run: one, or as many as torchrun or accelerate has started."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import distributed
 
 from llmpare.compress import devices
 from llmpare.compress.errors import UsageError
+
+_PATIENCE = timedelta(days=7)  # the first may carve, quantize and cache for hours; training keeps its own, short, one
 
 
 class Processes:
@@ -32,13 +36,12 @@ class Processes:
         self.device: torch.device = torch.device(state.device)
         self.count: int = state.num_processes
         self.first: bool = state.is_main_process
+        self._waiting = distributed.new_group(backend="gloo", timeout=_PATIENCE) if self.count > 1 else None
 
     def told(self, value: Any) -> Any:
         """What the first process has here, in all of them; waits until it comes."""
         if self.count == 1:
             return value
-        from accelerate.utils import broadcast_object_list
-
         held = [value]
-        broadcast_object_list(held)
+        distributed.broadcast_object_list(held, group=self._waiting)
         return held[0]

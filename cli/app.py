@@ -256,8 +256,9 @@ def distill(
     request = distilling.distill_request(chosen)
     if chosen.get("dry-run"):
         from llmpare.compress.distill.plan import plan_distill
+        from llmpare.compress.hardware import device_kind
 
-        planned = plan_distill(request)
+        planned = plan_distill(request, device=device_kind(request.device))
         output.plan(planned)
         return
     with Watcher(output) as watcher:

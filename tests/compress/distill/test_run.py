@@ -305,6 +305,9 @@ def test_a_dry_run_says_what_it_would_take(place: Place, tmp_path: Path, capsys:
     assert planned["steps"] == 6
     assert planned["tokens"] == 768
     assert planned["memory_bytes"] > planned["output_bytes"]
+    assert main([*place.command(tmp_path / "out"), "--dry-run", "--json", "--device", "cuda"]) == 0
+    on_gpu = json.loads(capsys.readouterr().out)
+    assert on_gpu["memory_bytes"] < planned["memory_bytes"], "the teacher and activations take two bytes a number there"
     assert os.listdir(tmp_path) == []
 
 

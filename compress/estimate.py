@@ -11,7 +11,7 @@ from llmpare.compress import quantize
 from llmpare.compress.activations import experts_per_token, per_token, waiting, widest_input, windows_at_once
 from llmpare.compress.batches import batch_tokens, experts_at_once, weights_at_once
 from llmpare.compress.calibration import DEFAULT_WINDOWS
-from llmpare.compress.checkpoint.files import destination, files_below
+from llmpare.compress.checkpoint.files import destination, files_below, writing
 from llmpare.compress.checkpoint.header import TensorInfo, tensor_bytes
 from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.hardware import torch_for_gpus
@@ -189,6 +189,7 @@ def disk_free(out: Path) -> int:
     """Bytes that a run can fill with `out`: free in the nearest folder that exists, or taken by an unfinished one."""
     place = destination(out)
     taken = sum(path.lstat().st_blocks * 512 for path in files_below(Path(f"{place}.partial")))
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free + taken
+    with writing(place):
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free + taken

@@ -1,3 +1,5 @@
+import errno
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -6,6 +8,7 @@ import pytest
 
 from llmpare.compress import batches, estimate
 from llmpare.compress.checkpoint.read import Checkpoint
+from llmpare.compress.errors import OutputError
 from llmpare.compress.model.layout import layout
 from llmpare.compress.needs import Needs
 from llmpare.compress.request import QuantizeRequest, Scheme, TextSpec
@@ -194,3 +197,14 @@ def test_disk_space_is_that_of_the_nearest_folder_there_is(tmp_path: Path, monke
     (tmp_path / "there.partial").mkdir()
     (tmp_path / "there.partial" / "weights").write_bytes(b"x" * 10_000)  # what a killed run has taken already
     assert 10_000 <= estimate.disk_free(tmp_path / "there") - 123 < 20_000
+
+
+def test_a_place_that_may_not_be_entered_is_an_error_of_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(estimate.shutil, "disk_usage", refuse)
+    with pytest.raises(OutputError, match="Permission denied"):
+        estimate.disk_free(tmp_path / "out")

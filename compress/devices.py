@@ -77,12 +77,18 @@ def fitting(
     """
     try:
         return work(batch)
-    except torch.OutOfMemoryError:
-        pass  # as long as the error is handled, its traceback holds on to the tensors of that attempt
+    except RuntimeError as error:
+        if not memory.device_exhausted(error):
+            raise
+        if batch == 1:
+            raise failure(batch, error) from error
+        # as long as the error is handled, its traceback holds on to the tensors of that attempt
     release()
-    half = max(1, batch // 2)
+    half = batch // 2
     progress.warn(f"the device ran out of memory with {batch} windows at a time, trying {half}")
     try:
         return work(half)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not memory.device_exhausted(error):
+            raise
         raise failure(half, error) from error

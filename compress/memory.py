@@ -8,6 +8,7 @@ from pathlib import Path
 GIB = 2**30
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of malloc.h, with an M in front
+_OF_DEVICES = ("STATUS_ALLOC_FAILED", "CUDA error: out of memory")  # of cuBLAS and its like, and of the driver
 _LARGE, _HUGE = 4 * 2**20, 8 * 2**20  # bytes from which an allocation is mapped on its own: when lean, and when not
 
 
@@ -46,11 +47,15 @@ def forget_peak() -> None:
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether memory ran out, the machine's or a device's. torch, which need not be loaded, has a type for the latter
-    only.
+    """Whether memory ran out, the machine's or a device's."""
+    return device_exhausted(error) or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def device_exhausted(error: BaseException) -> bool:
+    """Whether a device's memory ran out. torch, which need not be loaded, has a type for what its own allocator is
+    refused, and only words for what libraries and the driver are.
     """
-    device = type(error).__name__ == "OutOfMemoryError"
-    return device or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OF_DEVICES)
 
 
 def show(count: float) -> str:

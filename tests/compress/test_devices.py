@@ -41,3 +41,35 @@ def test_there_is_one_more_attempt_and_no_third() -> None:
     with pytest.raises(MemoryLimitError, match="2: full"):
         devices.fitting(work, 5, Silent(), failure)
     assert tried == [5, 2]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnSpotrf`"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+    ids=["cuBLAS", "cuSOLVER", "driver"],
+)
+def test_libraries_that_are_refused_memory_have_no_type_for_it(error: RuntimeError) -> None:
+    def work(batch: int) -> int:
+        if batch > 1:
+            raise error
+        return batch
+
+    assert devices.fitting(work, 2, Silent(), failure) == 1
+
+
+def test_a_single_window_is_not_halved_and_other_errors_pass() -> None:
+    tried: list[int] = []
+
+    def work(batch: int) -> int:
+        tried.append(batch)
+        raise torch.OutOfMemoryError("full") if batch == 1 else RuntimeError("sizes must match")
+
+    with pytest.raises(MemoryLimitError, match="1: full"):
+        devices.fitting(work, 1, Silent(), failure)
+    with pytest.raises(RuntimeError, match="sizes must match"):
+        devices.fitting(work, 4, Silent(), failure)
+    assert tried == [1, 4]

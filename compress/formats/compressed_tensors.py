@@ -182,12 +182,14 @@ def _words(count: int, bits: int) -> int:
 def _patterns(linears: Iterable[Linear]) -> list[str]:
     """Regular expressions for the modules of these linears, one for all blocks.
 
-    They leave open what comes before: a checkpoint saved from a bare decoder lacks the prefix its modules have.
+    Of what comes before the number of a block, only the name of the list: loaders give the rest names of their own. A
+    checkpoint saved from a bare decoder lacks a part of it, and decoders of models that look at images have moved.
+    Linears outside the decoder that are called the same are in `ignore` by their full names, which comes first.
     """
     blocks: dict[tuple[str, str], list[str]] = {}
     for linear in linears:
-        before, _, after = f".{linear.name}".partition(f".{linear.block}.")
-        blocks.setdefault((before[1:], after), []).append(str(linear.block))
+        before, _, after = linear.name.partition(f".{linear.block}.")
+        blocks.setdefault((before.rpartition(".")[2], after), []).append(str(linear.block))
     return [
         rf"re:(.*\.)?{re.escape(before)}\.({'|'.join(numbers)})\.{re.escape(after)}$"
         for (before, after), numbers in blocks.items()

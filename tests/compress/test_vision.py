@@ -17,7 +17,7 @@ from llmpare.compress.model.replay import Replay
 from llmpare.compress.model.skeleton import Skeleton
 from llmpare.compress.progress import Silent
 from llmpare.compress.report import html
-from llmpare.compress.request import NO_TEXT, Scheme, TextSpec
+from llmpare.compress.request import NO_TEXT, LayerRule, Scheme, TextSpec
 from llmpare.compress.run import run_quantize
 
 
@@ -65,6 +65,25 @@ def test_the_decoder_is_compressed_and_the_rest_is_not_touched(name: str, tmp_pa
     assert torch.equal(packed(**picture(name)).logits, dense(**picture(name)).logits)
     assert not torch.equal(packed(**picture(name)).logits, original(**picture(name)).logits)
     assert torch.equal(features(packed, name), features(original, name))
+
+
+@pytest.mark.parametrize("name", SEEING)
+@torch.no_grad()
+def test_what_is_left_out_and_schemes_of_their_own_are_found_again(name: str, tmp_path: Path) -> None:
+    """Loaders give a decoder inside of another model other names than the file, and a tower may use them as well."""
+    model = write(tmp_path / "model", name)
+    rules = (LayerRule(r"layers\.0\.self_attn", None), LayerRule("self_attn", Scheme(8, 32)))
+    made = {}
+    for form in ("compressed-tensors", "dense"):
+        asked = request(model, tmp_path / form, format=form, method="rtn", scheme=Scheme(4, 32), rules=rules)
+        run_quantize(asked, Silent())
+        made[form] = load(asked.out)
+    packed, dense, original = made["compressed-tensors"], made["dense"], load(model)
+    ids = tokens(1, 16)[:, :16] % 3900
+    assert torch.equal(packed(input_ids=ids).logits, dense(input_ids=ids).logits)
+    assert torch.equal(features(packed, name), features(original, name))
+    left, kept = (each.model.language_model.layers[0].self_attn.o_proj.weight for each in (packed, original))
+    assert torch.equal(left, kept)
 
 
 @pytest.mark.parametrize("name", SEEING)

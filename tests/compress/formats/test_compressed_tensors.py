@@ -91,14 +91,14 @@ def test_several_schemes_go_by_name() -> None:
     linears = [Linear(f"model.layers.{i}.mlp.{n}_proj", i, 64, 128, "BF16") for i in (0, 1, 12) for n in ("up", "down")]
     schemes = {n: Scheme(8) if n.block == 12 else None if "down" in n.name else Scheme(4) for n in linears}
     made = config(schemes, Scheme(4))
-    assert made["ignore"] == ["lm_head", r"re:(.*\.)?model\.layers\.(0|1)\.mlp\.down_proj$"]
+    assert made["ignore"] == ["lm_head", r"re:(.*\.)?layers\.(0|1)\.mlp\.down_proj$"]
     assert {
         name: (group["weights"]["num_bits"], group["targets"]) for name, group in made["config_groups"].items()
     } == {
-        "group_0": (4, [r"re:(.*\.)?model\.layers\.(0|1)\.mlp\.up_proj$"]),
+        "group_0": (4, [r"re:(.*\.)?layers\.(0|1)\.mlp\.up_proj$"]),
         "group_1": (
             8,
-            [r"re:(.*\.)?model\.layers\.(12)\.mlp\.up_proj$", r"re:(.*\.)?model\.layers\.(12)\.mlp\.down_proj$"],
+            [r"re:(.*\.)?layers\.(12)\.mlp\.up_proj$", r"re:(.*\.)?layers\.(12)\.mlp\.down_proj$"],
         ),
     }
 

@@ -55,7 +55,8 @@ StepSize = Annotated[Text, value("--step-size", metavar="X", help="tuned: first 
 DescAct = Annotated[Switch, typer.Option("--desc-act/--no-desc-act", hidden=True, show_default=False)]
 Format = Annotated[Text, value("--format", metavar="NAME", help="compressed-tensors (default), gptq or dense.")]
 Ignore = Annotated[
-    list[str] | None, value("--ignore", metavar="REGEX", help="Leave these linears dense; may be repeated.")
+    list[str] | None,
+    value("--ignore", metavar="REGEX", help="Leave these linears dense; may be repeated, and may begin with re:"),
 ]
 
 Sparsity = Annotated[Text, value("--sparsity", metavar="X", help="Mask: set this share of weights to zero, as 0.5.")]

@@ -198,7 +198,8 @@ def _rule(entry: Mapping[str, object], base: Scheme) -> LayerRule:
 
 
 def regex(pattern: str, where: str) -> str:
-    """The pattern, if it is a regular expression."""
+    """The pattern, if it is a regular expression; other tools mark one by 're:', which no name of a linear has."""
+    pattern = pattern.removeprefix("re:")
     try:
         re.compile(pattern)
     except re.error as error:

@@ -234,6 +234,20 @@ def test_layers_of_a_config_file(asked: Asked) -> None:
     )
 
 
+def test_a_pattern_may_be_marked_as_one(asked: Asked) -> None:
+    """As llm-compressor and compressed-tensors have it."""
+    config = write("layers: [{match: 're:.*o_proj$', bits: 8}]")
+    request = asked("model", "-o", "out", "--config", config, "--ignore", "re:.*down_proj$")
+    assert request.rules == (LayerRule(".*down_proj$", None), LayerRule(".*o_proj$", Scheme(8)))
+
+
+def test_a_marked_pattern_matches_in_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(TINY_LLAMA), "--ignore", "re:.*down_proj$", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    fates = {each["fate"] for each in planned["tensors"] if each["name"].endswith("down_proj.weight")}
+    assert (fates, planned["warnings"]) == ({"dense, as asked"}, [])
+
+
 def test_an_empty_config_file_changes_nothing(asked: Asked) -> None:
     assert asked("model", "-o", "out", "--config", write("# nothing yet\n")) == DEFAULT
 

@@ -216,9 +216,19 @@ def opened(request: RunRequest, device: str | None = None) -> Iterator[tuple[Che
 
 def idle_patterns(patterns: Sequence[str], found: Layout) -> list[str]:
     """A warning for every pattern that matches neither a linear nor anything outside the blocks."""
-    everything = [*(linear.name for linear in found.linears), " ".join((*found.outside, "lm_head"))]
-    idle = [pattern for pattern in patterns if not any(re.search(pattern, name) for name in everything)]
+    idle = [each for each in patterns if not (matches_linear(each, found) or matches_outside(each, found))]
     return [f"pattern {pattern!r} matches no linear" for pattern in idle]
+
+
+def matches_linear(pattern: str, found: Layout) -> bool:
+    """Whether a linear has a name that the pattern matches."""
+    return any(re.search(pattern, linear.name) for linear in found.linears)
+
+
+def matches_outside(pattern: str, found: Layout) -> bool:
+    """Whether a tensor or a module outside the blocks has such a name. A tied head has one, and no tensor."""
+    modules = (name.rpartition(".")[0] for name in found.outside)
+    return any(re.search(pattern, name) for name in (*found.outside, *modules, "lm_head"))
 
 
 def _stored(found: Layout) -> str:

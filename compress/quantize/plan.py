@@ -9,7 +9,7 @@ from llmpare.compress.checkpoint.read import Checkpoint
 from llmpare.compress.errors import InputError, UsageError
 from llmpare.compress.estimate import needs
 from llmpare.compress.model.layout import Layout, Linear
-from llmpare.compress.planning import idle_patterns, opened
+from llmpare.compress.planning import idle_patterns, matches_linear, matches_outside, opened
 from llmpare.compress.request import NO_TEXT, QuantizeRequest, Scheme
 from llmpare.compress.storage import StoredPlan, stored_specs
 
@@ -40,6 +40,7 @@ def plan_quantize(request: QuantizeRequest, device: str | None = None) -> Quanti
     with opened(request, device) as (checkpoint, subject):
         _refuse_little(checkpoint, subject.layout)
         _refuse_for_experts(request, subject.layout)
+        _refuse_outside(request, subject.layout)
         schemes, warnings = _schemes(request, subject.layout)
         plan = QuantizePlan(
             **vars(subject),
@@ -92,6 +93,17 @@ def _refuse_for_experts(request: QuantizeRequest, found: Layout) -> None:
             f"--correction compares what flows into linears, and {found.architecture} sends tokens to other experts "
             "once it is compressed",
             "leave it out",
+        )
+
+
+def _refuse_outside(request: QuantizeRequest, found: Layout) -> None:
+    """A scheme for what stays as it is whatever is asked, such as the head; that it stays may be asked for."""
+    for rule in request.rules:
+        if rule.scheme is None or matches_linear(rule.pattern, found) or not matches_outside(rule.pattern, found):
+            continue
+        raise UsageError(
+            f"layers, match {rule.pattern!r}: only linears inside the blocks are quantized, and it matches none",
+            "leave the rule out: embeddings, the head and all else outside the blocks stay as they are",
         )
 
 

@@ -248,6 +248,11 @@ def test_a_marked_pattern_matches_in_the_plan(capsys: pytest.CaptureFixture[str]
     assert (fates, planned["warnings"]) == ({"dense, as asked"}, [])
 
 
+def test_a_scheme_for_the_head_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(TINY_LLAMA), "--config", write("layers: [{match: lm_head, bits: 8}]")]) == 2
+    assert "only linears inside the blocks are quantized" in capsys.readouterr().err
+
+
 def test_an_empty_config_file_changes_nothing(asked: Asked) -> None:
     assert asked("model", "-o", "out", "--config", write("# nothing yet\n")) == DEFAULT
 

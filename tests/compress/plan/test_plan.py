@@ -135,6 +135,20 @@ def test_lines_for_people(llama: Path) -> None:
     assert lines[-1] == "note     pattern 'nowhere' matches no linear"
 
 
+@pytest.mark.parametrize("pattern", ["lm_head", "^lm_head$", "embed_tokens", "model.norm"])
+def test_a_rule_for_what_is_outside_the_blocks(llama: Path, pattern: str) -> None:
+    """It may ask for what happens anyway, and for nothing else."""
+    assert plan(llama, rules=(LayerRule(pattern, None),)).warnings == ()
+    said = refusal(UsageError, llama, rules=(LayerRule(pattern, Scheme(8)),))
+    assert "only linears inside the blocks are quantized" in said
+    assert repr(pattern) in said
+
+
+def test_a_rule_for_everything_means_all_linears(llama: Path) -> None:
+    planned = plan(llama, rules=(LayerRule(".", Scheme(8)),))
+    assert set(planned.schemes.values()) == {Scheme(8)}
+
+
 def test_notes_of_the_format_are_passed_on(llama: Path) -> None:
     (note,) = plan(llama, scheme=Scheme(4, 128, False)).warnings
     assert "dequantize=True" in note

@@ -22,6 +22,7 @@ MAX_TEXT = 64 * 2**20  # bytes of a .txt file, which is tokenized in one piece
 ACCEPTED = '{"text"}, {"messages": [{"role", "content"}]}, {"conversations"}, {"prompt", "completion"} or {"input_ids"}'
 IGNORED = -100  # the label of a token that is not to be learned, as trainers of transformers have it
 
+_TEXTS = frozenset({"text", "messages", "conversations", "prompt", "completion", "input_ids"})
 _BOM = b"\xef\xbb\xbf"
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -109,6 +110,8 @@ def _document(row: dict[str, Any], place: str) -> Row:
         return Row(place, messages=tuple(Message(role, _string(text, place)) for role, text in turns))
     if "text" in given:
         return Row(place, text=_string(row["text"], f"{place}: text"))
+    if row.keys() & _TEXTS and given.isdisjoint(_TEXTS):
+        return Row(place, text="")  # null is how a table says that there is none
     found = ", ".join(repr(key) for key in list(row)[:10]) or "none"
     raise InputError(f"{place}: no text in this row, its keys are: {found}", f"accepted: {ACCEPTED}")
 
@@ -121,13 +124,30 @@ def _messages(value: object, place: str) -> tuple[Message, ...]:
     for number, turn in enumerate(value):
         where = f"{place}[{number}]"
         if isinstance(turn, dict) and {"role", "content"} <= turn.keys():
-            messages.append(Message(_string(turn["role"], where), _string(turn["content"], where)))
+            messages.append(Message(_string(turn["role"], where), _content(turn["content"], where)))
         elif isinstance(turn, dict) and {"from", "value"} <= turn.keys():
             sender = _string(turn["from"], where)
-            messages.append(Message(_SHAREGPT_ROLES.get(sender, sender), _string(turn["value"], where)))
+            messages.append(Message(_SHAREGPT_ROLES.get(sender, sender), _content(turn["value"], where)))
         else:
             raise InputError(f'{where}: a message needs "role" and "content"', f"accepted: {ACCEPTED}")
     return tuple(messages)
+
+
+def _content(value: object, place: str) -> str:
+    """What is said in one turn: text, parts of text, or null where a model calls a tool instead."""
+    if value is None:
+        return ""
+    return "".join(_part(part, place) for part in value) if isinstance(value, list) else _string(value, place)
+
+
+def _part(part: object, place: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or kind != "text":
+        raise InputError(
+            f"{place}: a part of its content is {_kind(part) if kind is None else repr(kind)[:100]}, only text is read",
+            'write the content as text, or as parts {"type": "text", "text": …}',
+        )
+    return _string(part.get("text"), place)
 
 
 def _token_ids(value: object, place: str) -> tuple[int, ...]:

@@ -107,7 +107,7 @@ def rows(dataset: str, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
         )
         selected = islice(table, wanted.start, wanted.stop)
         if source.joined:
-            yield dataset, {"text": "\n\n".join(row[source.field] for row in selected)}
+            yield dataset, {"text": "\n\n".join(row[source.field] or "" for row in selected)}
             return
         for number, row in enumerate(selected, wanted.start):
             yield (

@@ -94,6 +94,15 @@ class TestRows:
                 Row("here", input_ids=(3, 4, 0), skipped=(False, False, True), padding=1),
             ),
             ({"messages": None, "text": "a"}, Row("here", text="a")),
+            (
+                {"messages": [{"role": "assistant", "content": None}, {"role": "tool", "content": "a"}]},
+                Row("here", messages=(Message("assistant", ""), Message("tool", "a"))),
+            ),
+            (
+                {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("a ", "b")]}]},
+                Row("here", messages=(Message("user", "a b"),)),
+            ),
+            ({"conversations": [{"from": "gpt", "value": None}]}, Row("here", messages=(Message("assistant", ""),))),
         ],
     )
     def test_shapes(self, row, expected):
@@ -103,7 +112,7 @@ class TestRows:
         ("row", "reason"),
         [
             ({"body": "a", "title": "b"}, "its keys are: 'body', 'title'"),
-            ({"text": None}, "its keys are: 'text'"),
+            ({"body": None}, "its keys are: 'body'"),
             ({"prompt": "a"}, "its keys are: 'prompt'"),
             ({}, "its keys are: none"),
             ([1], "must be an object, this one is a list"),
@@ -112,7 +121,12 @@ class TestRows:
             ({"messages": []}, "must be a list of messages, it is an empty list"),
             ({"messages": "a"}, "must be a list of messages, it is text"),
             ({"messages": [{"role": "user"}]}, r'messages\[0\]: a message needs "role" and "content"'),
-            ({"messages": [{"role": "user", "content": ["a"]}]}, "must be text, it is a list"),
+            ({"messages": [{"role": "user", "content": ["a"]}]}, "part of its content is text, only"),
+            (
+                {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+                r"messages\[0\]: a part of its content is 'image', only text is read",
+            ),
+            ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "must be text, it is null"),
             ({"input_ids": []}, "whole numbers"),
             ({"input_ids": [1, True]}, "whole numbers"),
             ({"input_ids": [1, -1]}, "whole numbers"),
@@ -139,7 +153,9 @@ class TestLocalFiles:
         assert [row.text for row in read(tmp_path / "a.TXT")] == ["one\r\n\r\ntwo\n"]
 
     def test_blank_lines_and_blank_texts_are_no_rows(self, tmp_path):
-        (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n{"text": " \\n"}\n{"text": "b"}')
+        (tmp_path / "a.jsonl").write_bytes(
+            b'\xef\xbb\xbf{"text": "a"}\n\n{"text": " \\n"}\n{"text": null}\n{"text": "b"}'
+        )
         assert [row.text for row in read(tmp_path / "a.jsonl")] == ["a", "b"]
 
     def test_parquet(self, tmp_path):
@@ -149,6 +165,11 @@ class TestLocalFiles:
         first, second = read(tmp_path / "a.parquet")
         assert first.messages == (Message("user", "a"),)
         assert (second.text, second.place) == ("b", f"{tmp_path / 'a.parquet'}, row 2")
+
+    def test_a_table_with_nulls(self, tmp_path):
+        table = pyarrow.table({"text": [None, "b"], "id": [1, 2]})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        assert [row.text for row in read(tmp_path / "a.parquet")] == ["b"]
 
     def test_parquet_without_a_known_column(self, tmp_path):
         pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
@@ -350,6 +371,10 @@ class TestHub:
         with pytest.raises(InputError, match="cannot load the data set 'c4': .*no such split") as caught:
             read("c4")
         assert "--dataset bundled" in caught.value.hint
+
+    def test_lines_of_a_joined_text_may_be_null(self, hub):
+        hub.load_dataset = lambda *_, **__: iter([{"text": "a"}, {"text": None}, {"text": "b"}])
+        assert [row.text for row in read("wikitext2")] == ["a\n\n\n\nb"]
 
     def test_without_the_package(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)

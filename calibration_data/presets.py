@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from llmpare.compress.errors import InputError, UsageError
+from llmpare.compress.hub import transport_error
 
 PROBE_SECONDS = 5.0
 BUNDLED_INSTEAD = "--dataset bundled needs no network"
@@ -116,6 +117,11 @@ def rows(dataset: str, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
             )
     except (OSError, ValueError, RuntimeError, KeyError, hub.exceptions.DatasetsError) as error:
         raise InputError(f"cannot load the data set {dataset!r}: {_first_line(error)}", BUNDLED_INSTEAD) from error
+    except transport_error() as error:  # after OSError, which the hub's own refusals are too
+        raise InputError(
+            f"the connection broke off while reading the data set {dataset!r}: {_first_line(error)}",
+            f"run the same command again; {BUNDLED_INSTEAD}",
+        ) from error
 
 
 def _suggestion(dataset: str) -> str:

@@ -7,6 +7,7 @@ from threading import Thread
 
 from llmpare.compress.checkpoint.files import shown
 from llmpare.compress.errors import InputError, UsageError
+from llmpare.compress.hub import transport_error
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 ARCHIVE = re.compile(r".*\.(zip|tar|tgz|tbz2|txz|7z|rar|gz|bz2|xz|zst)", re.IGNORECASE | re.DOTALL)
@@ -77,7 +78,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
             "name a local folder (examples/tiny-llama comes with the source), or fetch it where there is a network: "
             f"hf download {model}",
         ) from error
-    except (_transport_error(), OSError) as error:
+    except (transport_error(), OSError) as error:
         raise InputError(
             f"{name}{at} cannot be fetched from the hub: {shown(error)}",
             "run the same command again to go on",
@@ -96,7 +97,7 @@ def _answers(model: str, revision: str | None) -> bool:
             HfApi().model_info(model, revision=revision, timeout=REQUEST_SECONDS)
         except errors.HfHubHTTPError:
             answers.append("no")  # why is found out, and reported, by snapshot_download
-        except (_transport_error(), OSError):  # OSError: also the offline mode of the hub's client
+        except (transport_error(), OSError):  # OSError: also the offline mode of the hub's client
             return
         else:
             answers.append("yes")
@@ -106,11 +107,3 @@ def _answers(model: str, revision: str | None) -> bool:
     thread.start()
     thread.join(PATIENCE_SECONDS)
     return bool(answers)
-
-
-def _transport_error() -> type[Exception]:
-    """The base of what goes wrong on the way: of httpx with huggingface_hub 1, of httpx2 with 2."""
-    from huggingface_hub import errors
-
-    kind: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
-    return kind

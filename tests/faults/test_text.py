@@ -9,16 +9,18 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tiny
 from faults.kit import Llmpare, edit_json, flip_bit, none, refused, report
 
 from llmpare.calibration_data import presets
 from llmpare.compress import chat
+from llmpare.compress.hub import transport_error
 
 
 def test_16_tokenizer_missing(llmpare: Llmpare, broken: Path, out: Path, text: tiny.Text) -> None:
@@ -178,6 +180,20 @@ def test_22_no_network_for_a_data_set(
     monkeypatch.setattr(presets, "_reachable", lambda url: False)
     command = tiny.quantize(model, out, text, "--dataset", "wikitext2")
     refused(llmpare, command, 3, "'wikitext2' is not a local file, and the hub", "HF_HUB_OFFLINE=1", "bundled")
+    assert none(out)
+
+
+def test_22_network_lost_between_rows(
+    llmpare: Llmpare, model: Path, out: Path, text: tiny.Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def some_rows(*_: object, **__: object) -> Iterator[dict[str, str]]:
+        yield {"text": "one row"}
+        raise transport_error()("The read operation timed out")
+
+    monkeypatch.setattr(presets, "_reachable", lambda url: True)
+    monkeypatch.setattr(datasets, "load_dataset", some_rows)
+    command = tiny.quantize(model, out, text, "--dataset", "pile")
+    refused(llmpare, command, 3, "'pile': The read operation timed out", "run the same command again")
     assert none(out)
 
 

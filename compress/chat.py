@@ -5,9 +5,12 @@ process with limits on time, memory and open files.
 """
 
 import json
+import math
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,8 @@ from llmpare.compress.errors import InputError
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 5.0  # for a batch of rows; honest templates take milliseconds
+SECONDS = 5  # of the processor for a batch of rows; honest templates take milliseconds
+PATIENCE = 60.0  # seconds by the clock, start of the process included: a busy machine is no fault of the template
 MEMORY = 2**30
 OUTPUT = 64 * 2**20  # characters a batch of rows may become
 
@@ -33,14 +37,17 @@ def render(rows: Sequence[Row], tokenizer: Any) -> list[str]:
     job = {
         "template": template,
         "tokens": {name: token for name, token in special.items() if isinstance(token, str)},
+        "seconds": SECONDS,
         "dialogues": [[vars(message) for message in row.messages or ()] for row in rows],
     }
     child = [sys.executable, "-P", "-c", f"from {__name__} import render_job; render_job()"]
     stdin = json.dumps(job).encode()
     try:
-        done = subprocess.run(child, input=stdin, capture_output=True, timeout=SECONDS)
+        done = subprocess.run(child, input=stdin, capture_output=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired as error:
-        raise _rejected(rows, error.stdout or b"", f"not done after {SECONDS:g} s") from error
+        raise _rejected(rows, error.stdout or b"", f"not done after {PATIENCE:g} s") from error
+    if done.returncode == -signal.SIGXCPU:
+        raise _rejected(rows, done.stdout, f"not done after {SECONDS} s of the processor's time")
     if done.returncode != 0:
         reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:500]
         raise _rejected(rows, done.stdout, reason or f"its process ended with code {done.returncode}")
@@ -60,8 +67,9 @@ def render_job() -> None:
     job = json.load(sys.stdin)
     sandbox = _sandbox()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    # A little longer than the time limit: it is for the case that nobody is left to enforce that one.
-    resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS) + 2,) * 2)
+    # What the start has taken does not count. The soft limit ends the process with a signal of its own.
+    limit = math.ceil(time.process_time()) + job["seconds"]
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
     template = sandbox.from_string(job["template"])
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
     room = OUTPUT

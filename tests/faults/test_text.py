@@ -66,7 +66,7 @@ def test_16_tokens_outside_the_vocabulary(
 def test_17_hostile_chat_template(
     llmpare: Llmpare, broken: Path, tmp_path: Path, out: Path, text: tiny.Text, template: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(chat, "SECONDS", 1.0)
+    monkeypatch.setattr(chat, "SECONDS", 1)
     edit_json(broken / "tokenizer_config.json", chat_template=template)
     dialogues = tmp_path / "dialogues.jsonl"
     row = {"messages": [{"role": "user", "content": text[0].read_text(encoding="utf-8")}]}
